@@ -1,0 +1,81 @@
+"""The resolved settings, one frozen dataclass per owner. No field is automatic here: resolve() has decided all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A resolved setting: its value, and why it has it."""
+
+    name: str
+    value: object
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """path: a local Hugging Face directory or a .gguf file. load_format: "auto" or "dummy" (random weights)."""
+
+    path: str
+    served_model_name: str
+    dtype: Dtype = "bfloat16"
+    max_model_len: int = 2048
+    quantization: Literal["int8"] | None = None
+    load_format: Literal["auto", "dummy"] = "auto"
+    runner: Literal["generate", "pooling"] = "generate"
+    trust_remote_code: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """block_size: tokens a block. num_blocks: blocks in the pool (block 0 is never given out: it is the padding)."""
+
+    block_size: int = 16
+    num_blocks: int = 0
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """depth 1 is async scheduling: step N+1 is planned and submitted while N runs."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    enable_chunked_prefill: bool = True
+    depth: Literal[0, 1] = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    executor: str = "uni"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig:
+    """ops: which kernels ("reference", "cpu", "cuda"); isa: the instruction set of the cpu kernels."""
+
+    device: str = "cpu"
+    ops: str = "cpu"
+    isa: str = "auto"
+    threads: int = 1
+    enforce_eager: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    choices: tuple[Choice, ...] = ()

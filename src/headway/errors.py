@@ -1,0 +1,77 @@
+"""Every exception headway raises on purpose, in one tree.
+
+HeadwayError
+├── UserError (also a ValueError)      the caller can mend it: names the field, the value, what is accepted
+│   ├── ConfigError                    a setting, or settings that contradict each other
+│   ├── RequestError                   one request; costs the others nothing
+│   └── ModelError                     a checkpoint, architecture or tokenizer that cannot be used
+├── MissingDependencyError (also an ImportError)
+└── EngineError                        the engine failed; not the caller's doing
+    ├── WorkerError                    an exception on a rank, with its remote traceback
+    ├── WorkerDied                     a worker process ended
+    └── EngineDead                     the engine had failed, or was closed, before this call
+"""
+
+from __future__ import annotations
+
+
+class HeadwayError(Exception):
+    """Base of everything headway raises on purpose."""
+
+
+class UserError(HeadwayError, ValueError):
+    """Something the caller can mend."""
+
+
+class FieldError(UserError):
+    """A named field has a value that is not accepted."""
+
+    def __init__(self, field: str, value: object, accepted: str) -> None:
+        super().__init__(f"{field}={_shorten(value)}: {accepted}")
+        self.field, self.value, self.accepted = field, value, accepted
+
+
+class ConfigError(FieldError):
+    """A setting, or a combination of settings, that cannot be honoured."""
+
+
+class RequestError(FieldError):
+    """One request that cannot be honoured."""
+
+
+class ModelError(UserError):
+    """A checkpoint, architecture or tokenizer that cannot be used."""
+
+
+class MissingDependencyError(HeadwayError, ImportError):
+    """An optional package is needed; the message says which extra installs it."""
+
+
+class EngineError(HeadwayError):
+    """The engine failed; not the caller's doing."""
+
+
+class WorkerError(EngineError):
+    """An exception on a rank."""
+
+    def __init__(self, rank: int, kind: str, message: str, remote_traceback: str = "") -> None:
+        super().__init__(f"rank {rank}: {kind}: {message}")
+        self.rank, self.kind, self.message = rank, kind, message
+        self.remote_traceback = remote_traceback
+
+
+class WorkerDied(EngineError):
+    """A worker process ended; ``status`` is its exit code, or minus the signal's number."""
+
+    def __init__(self, rank: int, status: int) -> None:
+        super().__init__(f"rank {rank} ended with status {status}")
+        self.rank, self.status = rank, status
+
+
+class EngineDead(EngineError):
+    """The engine had failed, or was closed, before this call."""
+
+
+def _shorten(value: object, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

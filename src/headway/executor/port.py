@@ -1,0 +1,56 @@
+"""The executor contract: where the model step runs."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import msgspec
+
+from headway.messages import StepPlan, StepResult
+
+
+class WorkerInfo(msgspec.Struct, kw_only=True):
+    """What start() reports. startup_s: seconds by phase (import, load, pack, warm-up)."""
+
+    executor: str
+    num_blocks: int
+    block_size: int
+    threads: int
+    kernels: str
+    program: bool
+    weights_bytes: int
+    kv_bytes: int
+    startup_s: dict[str, float]
+
+
+class Executor(Protocol):
+    """Runs plans in the order they are submitted; at most depth + 1 are outstanding.
+
+    An exception in a step reaches its future as WorkerError; every later call raises EngineDead.
+    """
+
+    def start(self) -> WorkerInfo:
+        """Loads the model; returns when the first plan can be submitted."""
+        ...
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]: ...
+
+    def mask(self, step: int, masks: dict[int, bytes]) -> None:
+        """Token masks for a step's masked_slots: slot to packed bits (bit t of the little-endian row: token t allowed).
+
+        The step's forward pass runs meanwhile; its sampling waits for this.
+        """
+        ...
+
+    def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
+        """Runs a worker method between steps, on every worker."""
+        ...
+
+    def health(self) -> None:
+        """Raises what is wrong, if anything is."""
+        ...
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Idempotent; leaves nothing behind."""
+        ...
