@@ -13,7 +13,8 @@ class ModelFacts:
     """architecture: as the checkpoint names it. kind: "classifier" is either kind of body with a classification head.
 
     dtype: what the weights are stored in (quantised files: "bfloat16"). weights_bytes: bytes of the checkpoint's
-    tensors as stored; num_parameters: their elements. num_labels: 0 without a classification head. num_kv_heads: 0 for bodies that keep no cache.
+    tensors as stored; num_parameters: their elements. num_labels: 0 without a classification head. num_kv_heads: 0 for
+    bodies that keep no cache.
     """
 
     architecture: str

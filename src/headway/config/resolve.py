@@ -1,0 +1,307 @@
+"""The one place where automatic settings are decided, each with the reason it got its value."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from headway.config.args import EngineArgs
+from headway.config.facts import ModelFacts
+from headway.config.machine import Isa, MachineFacts
+from headway.config.settings import (
+    CacheConfig,
+    Choice,
+    DeviceConfig,
+    Dtype,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from headway.errors import ConfigError
+
+T = TypeVar("T")
+
+EXECUTORS = ("uni",)
+BLOCK_SIZE = 16
+MAX_NUM_SEQS = 256
+STEP_TOKENS = 1024
+MEMORY_SHARE = 0.5
+ITEM_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def resolve(args: EngineArgs, facts: ModelFacts, machine: MachineFacts, path: str | None = None) -> EngineConfig:
+    """Every setting of an engine. path: where the model's files lie, if ``args.model`` is a name for them.
+
+    Raises ConfigError naming a setting that cannot be honoured, or that contradicts another.
+    """
+    choices = _Choices(args)
+    parallel = _parallel(choices, facts)
+    device = _device(choices, machine)
+    dtype = _dtype(choices, facts, device)
+    budget = _kv_budget(choices, facts, machine, _weights_bytes(args, facts, dtype, parallel))
+    block_size, token_bytes = _block_size(choices), kv_bytes_per_token(facts, dtype, parallel)
+    max_tokens = budget // token_bytes // block_size * block_size if token_bytes else None
+    max_model_len = _max_model_len(choices, facts, max_tokens)
+    scheduler = _scheduler(choices, facts, max_model_len)
+    cache = _cache(choices, facts, block_size, max_model_len, scheduler, max_tokens)
+    if token_bytes and args.kv_cache_memory_bytes is None:
+        choices.note(
+            "kv_cache_memory_bytes",
+            (cache.num_blocks - 1) * block_size * token_bytes,
+            "max_num_seqs * max_model_len tokens, at most what gpu_memory_utilization leaves beside the weights",
+        )
+    return EngineConfig(
+        model=_model(choices, facts, dtype, max_model_len, path),
+        cache=cache,
+        scheduler=scheduler,
+        parallel=parallel,
+        device=device,
+        choices=choices.in_order(),
+    )
+
+
+def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype, parallel: ParallelConfig) -> int:
+    """Keys and values of one token on the rank that keeps most; 0 for a model without a cache."""
+    if not _keeps_cache(facts):
+        return 0
+    layers = -(-facts.num_layers // parallel.pipeline_parallel_size)
+    heads = -(-facts.num_kv_heads // parallel.tensor_parallel_size)
+    return 2 * layers * heads * facts.head_dim * ITEM_BYTES[dtype]
+
+
+class _Choices:
+    """Records what each setting became. Every field of EngineArgs ends up here."""
+
+    def __init__(self, args: EngineArgs) -> None:
+        self.args = args
+        self._made: dict[str, Choice] = {}
+
+    def note(self, name: str, value: object, reason: str) -> None:
+        self._made[name] = Choice(name=name, value=value, reason=reason)
+
+    def pick(self, name: str, given: T | None, automatic: T, reason: str) -> T:
+        value, why = (automatic, reason) if given is None else (given, "given")
+        self.note(name, value, why)
+        return value
+
+    def in_order(self) -> tuple[Choice, ...]:
+        names = list(EngineArgs.__dataclass_fields__)
+        assert set(names) == set(self._made), set(names) ^ set(self._made)
+        return tuple(self._made[name] for name in names)
+
+
+def _keeps_cache(facts: ModelFacts) -> bool:
+    return facts.kind != "encoder" and facts.num_kv_heads > 0
+
+
+def _parallel(choices: _Choices, facts: ModelFacts) -> ParallelConfig:
+    args = choices.args
+    tp, pp, dp = args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size
+    heads = facts.num_kv_heads
+    if heads and heads % tp and tp % heads:
+        raise ConfigError("tensor_parallel_size", tp, f"must divide the model's {heads} key/value heads, or they it")
+    if pp > facts.num_layers:
+        raise ConfigError("pipeline_parallel_size", pp, f"the model has {facts.num_layers} layers")
+    for name, size in (("tensor_parallel_size", tp), ("pipeline_parallel_size", pp), ("data_parallel_size", dp)):
+        if size > 1:
+            raise ConfigError(name, size, "must be 1: this version runs one rank, in process")
+        choices.note(name, size, "one rank")
+    asked = args.distributed_executor_backend
+    if asked not in (None, "auto", *EXECUTORS):
+        raise ConfigError("distributed_executor_backend", asked, f"this version has: auto, {', '.join(EXECUTORS)}")
+    asked = None if asked == "auto" else asked
+    reason = "one rank (tensor_parallel_size * pipeline_parallel_size = 1) needs no other process"
+    executor = choices.pick("distributed_executor_backend", asked, "uni", reason)
+    return ParallelConfig(executor=executor, tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp)
+
+
+def _device(choices: _Choices, machine: MachineFacts) -> DeviceConfig:
+    args = choices.args
+    gpu = "this version has no GPU kernels" if machine.has_gpu else "no GPU here"
+    device = choices.pick("device", args.device, "cpu", gpu)
+    if args.ops == "cpu" and not machine.has_cpu_kernels:
+        raise ConfigError("ops", "cpu", "the cpu kernels are not installed (no compiler?); reference is")
+    compiled = machine.has_cpu_kernels
+    reason = "the compiled kernels are installed" if compiled else "the compiled kernels are not installed"
+    ops = choices.pick("ops", args.ops, "cpu" if compiled else "reference", reason)
+    if args.quantization == "int8" and ops == "reference":
+        raise ConfigError("quantization", "int8", "needs the compiled kernels, but ops is reference")
+    return DeviceConfig(
+        device=device,
+        ops=ops,
+        isa=_isa(choices, machine, ops),
+        threads=_threads(choices, machine),
+        enforce_eager=choices.pick("enforce_eager", args.enforce_eager, False, "a compiled step is faster"),
+    )
+
+
+def _isa(choices: _Choices, machine: MachineFacts, ops: str) -> Isa:
+    asked = choices.args.isa
+    if asked and ops == "reference":
+        raise ConfigError("isa", asked, "is for the cpu kernels, but ops is reference")
+    if asked and asked not in machine.isas:
+        raise ConfigError("isa", asked, f"this CPU has: {', '.join(machine.isas)}")
+    reason = "the best this CPU has" if ops == "cpu" else "not used: the reference kernels leave it to torch"
+    return choices.pick("isa", asked, machine.isas[0], reason)
+
+
+def _threads(choices: _Choices, machine: MachineFacts) -> int:
+    if machine.omp_num_threads is not None:
+        return choices.pick("threads", choices.args.threads, machine.omp_num_threads, "OMP_NUM_THREADS is set")
+    reason = "every core this process may use (affinity, cgroup quota)"
+    return choices.pick("threads", choices.args.threads, machine.cores, reason)
+
+
+def _dtype(choices: _Choices, facts: ModelFacts, device: DeviceConfig) -> Dtype:
+    asked = choices.args.dtype
+    if asked == "float16" and device.ops == "cpu":
+        raise ConfigError("dtype", asked, "the cpu kernels compute in bfloat16 or float32")
+    if not _keeps_cache(facts) and facts.dtype == "float32":
+        reason = "a float32 encoder: vectors that others compare keep their precision"
+        return choices.pick("dtype", asked, "float32", reason)
+    return choices.pick("dtype", asked, "bfloat16", "half the memory traffic of float32, its range")
+
+
+def _kv_budget(choices: _Choices, facts: ModelFacts, machine: MachineFacts, weights: int) -> int:
+    """Bytes the KV cache may take."""
+    args = choices.args
+    if not _keeps_cache(facts):
+        for name in ("kv_cache_memory_bytes", "gpu_memory_utilization"):
+            choices.note(name, getattr(args, name), "not used: an encoder keeps no cache")
+        return 0
+    if args.kv_cache_memory_bytes is not None:
+        if args.gpu_memory_utilization is not None:
+            raise ConfigError(
+                "gpu_memory_utilization", args.gpu_memory_utilization, "kv_cache_memory_bytes is given too"
+            )
+        choices.note("kv_cache_memory_bytes", args.kv_cache_memory_bytes, "given")
+        choices.note("gpu_memory_utilization", None, "not used: kv_cache_memory_bytes is given")
+        return args.kv_cache_memory_bytes
+    reason = "leaves the other half of the free memory to everything else"
+    share = choices.pick("gpu_memory_utilization", args.gpu_memory_utilization, MEMORY_SHARE, reason)
+    return max(0, int(machine.free_memory * share) - weights)
+
+
+def _weights_bytes(args: EngineArgs, facts: ModelFacts, dtype: Dtype, parallel: ParallelConfig) -> int:
+    """A rank's share of the weights once they are loaded."""
+    item = 1 if args.quantization == "int8" else ITEM_BYTES[dtype]
+    loaded = facts.num_parameters * item or facts.weights_bytes
+    return loaded // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+
+
+def _block_size(choices: _Choices) -> int:
+    reason = "small blocks waste little; the kernels read whole ones"
+    return choices.pick("block_size", choices.args.block_size, BLOCK_SIZE, reason)
+
+
+def _max_model_len(choices: _Choices, facts: ModelFacts, max_tokens: int | None) -> int:
+    """max_tokens: what the KV cache can hold; None without a cache."""
+    asked, limit = choices.args.max_model_len, facts.max_positions
+    if max_tokens == 0:
+        raise ConfigError(*_memory_setting(choices.args), "leaves no room for one block of KV cache")
+    if asked is not None and asked > limit:
+        raise ConfigError("max_model_len", asked, f"the model has {limit} positions")
+    if asked is not None and max_tokens is not None and asked > max_tokens:
+        raise ConfigError("max_model_len", asked, f"the memory for the KV cache holds {max_tokens} tokens")
+    if max_tokens is not None and max_tokens < limit:
+        return choices.pick("max_model_len", asked, max_tokens, f"fits the KV cache (the model has {limit} positions)")
+    return choices.pick("max_model_len", asked, limit, "the model's positions")
+
+
+def _memory_setting(args: EngineArgs) -> tuple[str, object]:
+    given = args.kv_cache_memory_bytes
+    if given is not None:
+        return "kv_cache_memory_bytes", given
+    return "gpu_memory_utilization", args.gpu_memory_utilization or MEMORY_SHARE
+
+
+def _scheduler(choices: _Choices, facts: ModelFacts, max_model_len: int) -> SchedulerConfig:
+    args, encoder = choices.args, not _keeps_cache(facts)
+    if encoder and args.enable_chunked_prefill:
+        raise ConfigError("enable_chunked_prefill", True, "an encoder needs whole prompts")
+    chunked = choices.pick(
+        "enable_chunked_prefill",
+        args.enable_chunked_prefill,
+        not encoder,
+        "an encoder needs whole prompts" if encoder else "a long prompt must not stall the others",
+    )
+    max_num_seqs = _max_num_seqs(choices)
+    least = max_num_seqs if chunked else max(max_num_seqs, max_model_len)
+    tokens = choices.pick(
+        "max_num_batched_tokens",
+        args.max_num_batched_tokens,
+        max(STEP_TOKENS, least),
+        "the kernels reach their peak there"
+        if least <= STEP_TOKENS
+        else "the least that max_num_seqs or a prompt needs",
+    )
+    if tokens < max_num_seqs:
+        raise ConfigError("max_num_batched_tokens", tokens, f"must be at least max_num_seqs={max_num_seqs}")
+    if tokens < least:
+        raise ConfigError(
+            "max_num_batched_tokens", tokens, f"must be at least max_model_len={max_model_len}: prompts are not chunked"
+        )
+    overlap = "plans the next step while one runs; outputs are the same"
+    return SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=tokens,
+        policy=choices.pick("scheduling_policy", args.scheduling_policy, "fcfs", "first come, first served is fair"),
+        enable_chunked_prefill=chunked,
+        depth=1 if choices.pick("async_scheduling", args.async_scheduling, True, overlap) else 0,
+    )
+
+
+def _max_num_seqs(choices: _Choices) -> int:
+    tokens = choices.args.max_num_batched_tokens
+    if tokens is not None and tokens < MAX_NUM_SEQS:
+        return choices.pick(
+            "max_num_seqs", choices.args.max_num_seqs, tokens, "one token each of max_num_batched_tokens"
+        )
+    return choices.pick("max_num_seqs", choices.args.max_num_seqs, MAX_NUM_SEQS, "larger batches gain little on a CPU")
+
+
+def _cache(
+    choices: _Choices,
+    facts: ModelFacts,
+    block_size: int,
+    max_model_len: int,
+    scheduler: SchedulerConfig,
+    max_tokens: int | None,
+) -> CacheConfig:
+    args = choices.args
+    if max_tokens is None:
+        if args.enable_prefix_caching:
+            raise ConfigError("enable_prefix_caching", True, "an encoder keeps no cache")
+        choices.note("enable_prefix_caching", False, "an encoder keeps no cache")
+        return CacheConfig(block_size=block_size, num_blocks=0, enable_prefix_caching=False)
+    reason = "common prefixes are computed once"
+    blocks_held = max_tokens // block_size
+    if args.kv_cache_memory_bytes is None:
+        blocks_held = min(blocks_held, scheduler.max_num_seqs * -(-max_model_len // block_size))
+    return CacheConfig(
+        block_size=block_size,
+        num_blocks=blocks_held + 1,  # block 0 is the padding
+        enable_prefix_caching=choices.pick("enable_prefix_caching", args.enable_prefix_caching, True, reason),
+    )
+
+
+def _model(choices: _Choices, facts: ModelFacts, dtype: Dtype, max_model_len: int, path: str | None) -> ModelConfig:
+    args = choices.args
+    runner = "generate" if facts.kind == "decoder" else "pooling"
+    if args.runner == "generate" and runner == "pooling":
+        raise ConfigError("runner", args.runner, f"{facts.architecture} does not generate; pooling is accepted")
+    choices.note("model", args.model, "given" if path in (None, args.model) else f"found at {path}")
+    choices.note("quantization", args.quantization, "given" if args.quantization else "weights stay in dtype")
+    choices.pick("tokenizer", args.tokenizer, args.model, "comes with the model")
+    choices.note("revision", args.revision, "given" if args.revision else "the default branch")
+    return ModelConfig(
+        path=path or args.model,
+        served_model_name=choices.pick("served_model_name", args.served_model_name, args.model, "as given in model"),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        quantization=args.quantization,
+        load_format=choices.pick("load_format", args.load_format, "auto", "by the files' names"),
+        runner=choices.pick("runner", args.runner, runner, f"{facts.architecture} is a {facts.kind}"),
+        trust_remote_code=choices.pick("trust_remote_code", args.trust_remote_code, False, "safe"),
+        seed=choices.pick("seed", args.seed, 0, "runs repeat exactly"),
+    )

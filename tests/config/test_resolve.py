@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headway.config import EngineArgs, EngineConfig, MachineFacts, ModelFacts, resolve
+from headway.config.resolve import kv_bytes_per_token
+from headway.errors import ConfigError
+
+DECODER = ModelFacts(
+    architecture="LlamaForCausalLM",
+    kind="decoder",
+    max_positions=2048,
+    dtype="bfloat16",
+    vocab_size=49152,
+    num_layers=30,
+    num_kv_heads=3,
+    head_dim=64,
+    hidden_size=576,
+    eos_token_ids=(2,),
+    weights_bytes=100_000_000,
+    num_parameters=135_000_000,
+)
+ENCODER = replace(
+    DECODER, architecture="BertModel", kind="encoder", max_positions=512, dtype="float32", num_kv_heads=0, num_layers=6
+)
+CLASSIFIER = replace(ENCODER, architecture="BertForSequenceClassification", kind="classifier", num_labels=2)
+MACHINE = MachineFacts(
+    cores=4, free_memory=16 << 30, isas=("avx512", "avx2", "portable"), has_cpu_kernels=True, omp_num_threads=None
+)
+
+
+def settled(
+    facts: ModelFacts = DECODER, machine: MachineFacts = MACHINE, path: str | None = None, **kwargs: Any
+) -> EngineConfig:
+    return resolve(EngineArgs.from_kwargs(model="m", **kwargs), facts, machine, path)
+
+
+def why(config: EngineConfig, name: str) -> tuple[object, str]:
+    choice = next(c for c in config.choices if c.name == name)
+    return choice.value, choice.reason
+
+
+def refused(facts: ModelFacts = DECODER, machine: MachineFacts = MACHINE, **kwargs: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        settled(facts, machine, **kwargs)
+    return caught.value
+
+
+@pytest.mark.parametrize("facts", [DECODER, ENCODER, CLASSIFIER])
+def test_every_setting_has_a_value_and_a_reason(facts: ModelFacts) -> None:
+    config = settled(facts)
+    assert [c.name for c in config.choices] == list(EngineArgs.__dataclass_fields__)
+    assert all(c.reason for c in config.choices)
+
+
+def test_one_rank_runs_in_process_and_says_why() -> None:
+    config = settled()
+    assert config.parallel.executor == "uni"
+    value, reason = why(config, "distributed_executor_backend")
+    assert value == "uni"
+    assert "tensor_parallel_size * pipeline_parallel_size = 1" in reason
+    assert settled(distributed_executor_backend="auto") == config
+
+
+@pytest.mark.parametrize("executor", ["mp", "ray", "external_launcher", "package.module.Executor"])
+def test_an_executor_that_is_not_there_names_those_that_are(executor: str) -> None:
+    assert refused(distributed_executor_backend=executor).accepted == "this version has: auto, uni"
+
+
+def test_more_than_one_rank_is_refused_by_name() -> None:
+    assert refused(tensor_parallel_size=3).field == "tensor_parallel_size"
+    assert refused(pipeline_parallel_size=2).field == "pipeline_parallel_size"
+    assert refused(data_parallel_size=2).field == "data_parallel_size"
+
+
+def test_tensor_parallel_must_fit_the_heads() -> None:
+    assert "3 key/value heads" in str(refused(tensor_parallel_size=2))
+
+
+def test_given_settings_win_and_are_marked_as_given() -> None:
+    config = settled(max_num_seqs=7, dtype="float32", threads=1, async_scheduling=False, served_model_name="x")
+    assert (config.scheduler.max_num_seqs, config.model.dtype, config.device.threads) == (7, "float32", 1)
+    assert config.scheduler.depth == 0
+    assert config.model.served_model_name == "x"
+    assert why(config, "max_num_seqs") == (7, "given")
+
+
+def test_the_path_of_a_named_model_is_reported() -> None:
+    config = settled(path="/models/m.gguf")
+    assert (config.model.path, config.model.served_model_name) == ("/models/m.gguf", "m")
+    assert "/models/m.gguf" in why(config, "model")[1]
+
+
+def test_decoders_compute_in_bfloat16_and_float32_encoders_stay_exact() -> None:
+    assert settled().model.dtype == "bfloat16"
+    assert settled(replace(DECODER, dtype="float32")).model.dtype == "bfloat16"
+    assert settled(ENCODER).model.dtype == "float32"
+    assert settled(replace(ENCODER, dtype="float16")).model.dtype == "bfloat16"
+
+
+def test_encoders_keep_no_cache_and_take_whole_prompts() -> None:
+    config = settled(CLASSIFIER)
+    assert config.cache.num_blocks == 0
+    assert not config.cache.enable_prefix_caching
+    assert not config.scheduler.enable_chunked_prefill
+    assert config.model.runner == "pooling"
+    assert refused(ENCODER, enable_chunked_prefill=True).field == "enable_chunked_prefill"
+    assert refused(ENCODER, enable_prefix_caching=True).field == "enable_prefix_caching"
+    assert refused(ENCODER, runner="generate").field == "runner"
+
+
+def test_the_kv_cache_holds_every_running_request_when_memory_allows() -> None:
+    config = settled(max_num_seqs=8)
+    assert config.cache.num_blocks == 8 * 2048 // 16 + 1
+
+
+def test_the_kv_cache_leaves_memory_free() -> None:
+    machine = replace(MACHINE, free_memory=2 << 30)
+    config = settled(machine=machine)
+    used = (config.cache.num_blocks - 1) * 16 * kv_bytes_per_token(DECODER, "bfloat16", config.parallel)
+    assert used <= (1 << 30) - 2 * DECODER.num_parameters < used + (1 << 20)
+
+
+def test_given_kv_memory_is_used_whole() -> None:
+    config = settled(kv_cache_memory_bytes=100_000_000, max_num_seqs=1)
+    assert config.cache.num_blocks == 100_000_000 // (23040 * 16) + 1
+
+
+def test_max_model_len_is_what_the_model_has_or_what_fits() -> None:
+    assert settled().model.max_model_len == 2048
+    config = settled(kv_cache_memory_bytes=1024 * 23040)
+    assert config.model.max_model_len == 1024
+    assert "fits" in why(config, "max_model_len")[1]
+
+
+def test_a_max_model_len_that_cannot_be_is_refused() -> None:
+    assert refused(max_model_len=4096).accepted == "the model has 2048 positions"
+    assert "holds 1024 tokens" in refused(max_model_len=2048, kv_cache_memory_bytes=1024 * 23040).accepted
+
+
+def test_no_room_for_a_block_names_the_memory_setting() -> None:
+    assert refused(kv_cache_memory_bytes=1000).field == "kv_cache_memory_bytes"
+    assert refused(machine=replace(MACHINE, free_memory=1 << 20)).field == "gpu_memory_utilization"
+
+
+def test_two_ways_to_size_the_cache_contradict() -> None:
+    assert refused(kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.5).field == "gpu_memory_utilization"
+
+
+def test_a_step_must_hold_a_token_of_every_request() -> None:
+    assert "max_num_seqs=64" in refused(max_num_batched_tokens=32, max_num_seqs=64).accepted
+    assert settled(max_num_batched_tokens=32).scheduler.max_num_seqs == 32
+    assert settled(max_num_seqs=2000).scheduler.max_num_batched_tokens == 2000
+
+
+def test_without_chunking_a_step_must_hold_the_longest_prompt() -> None:
+    assert settled(enable_chunked_prefill=False).scheduler.max_num_batched_tokens == 2048
+    assert "max_model_len=2048" in refused(enable_chunked_prefill=False, max_num_batched_tokens=1024).accepted
+
+
+def test_without_compiled_kernels_the_reference_runs() -> None:
+    bare = replace(MACHINE, has_cpu_kernels=False)
+    config = settled(machine=bare)
+    assert config.device.ops == "reference"
+    assert why(config, "ops")[1] == "the compiled kernels are not installed"
+    assert refused(machine=bare, ops="cpu").field == "ops"
+    assert refused(machine=bare, quantization="int8").field == "quantization"
+
+
+def test_kernels_and_types_that_contradict_are_refused() -> None:
+    assert refused(ops="reference", quantization="int8").field == "quantization"
+    assert refused(ops="reference", isa="avx2").field == "isa"
+    assert refused(isa="avx512bf16").accepted == "this CPU has: avx512, avx2, portable"
+    assert refused(dtype="float16").accepted == "the cpu kernels compute in bfloat16 or float32"
+
+
+def test_threads_follow_the_environment_then_the_cores() -> None:
+    assert settled().device.threads == 4
+    config = settled(machine=replace(MACHINE, omp_num_threads=2))
+    assert why(config, "threads") == (2, "OMP_NUM_THREADS is set")
+
+
+@given(
+    memory=st.integers(1 << 20, 1 << 36),
+    max_num_seqs=st.none() | st.integers(1, 5000),
+    tokens=st.none() | st.integers(1, 10_000),
+    length=st.none() | st.integers(1, 4096),
+    chunked=st.none() | st.booleans(),
+)
+def test_what_is_resolved_is_consistent_or_refused(
+    memory: int, max_num_seqs: int | None, tokens: int | None, length: int | None, chunked: bool | None
+) -> None:
+    given_settings: dict[str, Any] = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": tokens,
+        "max_model_len": length,
+        "enable_chunked_prefill": chunked,
+    }
+    try:
+        config = settled(machine=replace(MACHINE, free_memory=memory), **given_settings)
+    except ConfigError:
+        return
+    assert config.scheduler.max_num_batched_tokens >= config.scheduler.max_num_seqs
+    assert (config.cache.num_blocks - 1) * config.cache.block_size >= config.model.max_model_len
+    assert config.scheduler.enable_chunked_prefill or (
+        config.scheduler.max_num_batched_tokens >= config.model.max_model_len
+    )
