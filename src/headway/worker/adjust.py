@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def adjust_logits(logits_V: Float32Array, batch: Batch, slot: int, mask: bytes | None) -> None:
-    """Applies a slot's adjustments in place. mask: bit t allows token t (little-endian); ids beyond it are forbidden."""
+    """Applies a slot's adjustments in place. mask: bit t allows token t; ids beyond it are forbidden."""
     prompt_len, length = int(batch.prompt_len[slot]), int(batch.length[slot])
     known = batch.tokens[slot, :length]
     extras = batch.extras.get(slot)

@@ -1,0 +1,168 @@
+"""Executes step plans on a model: a decoder over its paged cache, or an encoder over whole prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from headway.messages import PoolingParams, RowLogprobs, StepPlan, StepResult
+from headway.worker.batch import Batch, Runs
+from headway.worker.extras import Float32Array, Int32Array, Kind
+from headway.worker.inputs import InputBuffers, prompt_inputs
+from headway.worker.logprobs import row_logprobs
+from headway.worker.sampler import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headway.models.port import CausalModel, EncoderModel
+    from headway.ops.port import KVCache
+    from headway.worker.program import Program
+
+Masks = Callable[[int], dict[int, bytes]]
+
+_LOGITS_BYTES = 64 << 20  # the most logits held at once: 341 rows of SmolLM2, 110 of Qwen2
+
+
+class Runner(Protocol):
+    def step(self, plan: StepPlan, masks: Masks) -> StepResult:
+        """Executes one plan. masks(step) gives its token masks by slot; called after the forward pass, if at all."""
+        ...
+
+
+class DecoderRunner:
+    """Generates and pools with a decoder; simple steps run as one program where the model has one."""
+
+    def __init__(
+        self, model: CausalModel, kv: KVCache, batch: Batch, max_tokens: int, program: Program | None = None
+    ) -> None:
+        self._model, self._kv, self._batch, self._program = model, kv, batch, program
+        self._inputs = InputBuffers(max_tokens, *batch.block_table.shape)
+        self._sampler = Sampler(model.vocab_size)
+        self._max_rows = max(1, _LOGITS_BYTES // (4 * model.vocab_size))
+
+    def step(self, plan: StepPlan, masks: Masks) -> StepResult:
+        step = _Step(self._batch, plan)
+        if len(step.runs):
+            if self._program is not None and not self._wants_hidden(step.runs):
+                self._run_program(self._program, step, masks)
+            else:
+                self._run_operations(step, masks)
+        return step.finish()
+
+    def _wants_hidden(self, runs: Runs) -> bool:
+        return bool((self._batch.kind[runs.slots] & (Kind.POOL | Kind.PROMPT_LOGPROBS)).any())
+
+    def _run_program(self, program: Program, step: _Step, masks: Masks) -> None:
+        runs = step.runs
+        step.lap("prepare")
+        logits_RV = program.run(self._batch, runs.slots, runs.tokens, runs.sample_rows)
+        step.lap("model")
+        if len(logits_RV):
+            slots = runs.slots[runs.sample_rows]
+            slots = slots[(self._batch.kind[slots] & Kind.NEEDS_LOGITS) != 0]
+            step.result.logprobs = self._sampler.sample(logits_RV, self._batch, slots, step.wait_for(masks))
+            step.lap("sample")
+
+    def _run_operations(self, step: _Step, masks: Masks) -> None:
+        token_ids, meta = self._inputs.build(self._batch, step.runs)
+        step.lap("prepare")
+        hidden_TK = self._model.forward(token_ids, meta, self._kv)
+        step.lap("model")
+        last_R = meta.query_start[1:].numpy() - 1
+        self._sample(step, hidden_TK, last_R, step.wait_for(masks))
+        self._pool(step, hidden_TK, last_R)
+        self._report_prompts(step, hidden_TK, last_R)
+
+    def _sample(self, step: _Step, hidden_TK: Tensor, last_R: Int32Array, masks: dict[int, bytes]) -> None:
+        slots = step.runs.slots[step.runs.sample_rows]
+        for rows, logits_RV in self._logits(step, hidden_TK, last_R[step.runs.sample_rows]):
+            step.result.logprobs |= self._sampler.sample(logits_RV, self._batch, slots[rows], masks)
+            step.lap("sample")
+
+    def _pool(self, step: _Step, hidden_TK: Tensor, last_R: Int32Array) -> None:
+        rows = step.runs.pool_rows
+        if len(rows):
+            step.pool(rows, lambda params: self._model.pool(hidden_TK[torch.from_numpy(last_R[rows])], params))
+
+    def _report_prompts(self, step: _Step, hidden_TK: Tensor, last_R: Int32Array) -> None:
+        """Position p's row describes prompt token p + 1; the prompt's last position has none."""
+        batch, runs = self._batch, step.runs
+        for run in np.flatnonzero(batch.kind[runs.slots] & Kind.PROMPT_LOGPROBS).tolist():
+            slot, num_tokens = int(runs.slots[run]), int(runs.tokens[run])
+            count = batch.extras[slot].prompt_logprobs
+            assert count is not None
+            following = batch.tokens[slot, batch.computed[slot] + 1 : batch.prompt_len[slot]][:num_tokens].tolist()
+            tokens_R = np.arange(len(following), dtype=np.int32) + (last_R[run] + 1 - num_tokens)
+            reports: list[RowLogprobs] = []
+            for rows, logits_RV in self._logits(step, hidden_TK, tokens_R):
+                pairs = zip(logits_RV, following[rows], strict=True)
+                reports += [row_logprobs(logits_V, token, count) for logits_V, token in pairs]
+                step.lap("sample")
+            if reports:
+                step.result.prompt_logprobs[slot] = reports
+
+    def _logits(self, step: _Step, hidden_TK: Tensor, tokens_R: Int32Array) -> Iterator[tuple[slice, Float32Array]]:
+        """Logits of some of the step's tokens, as many rows at a time as memory allows."""
+        for begin in range(0, len(tokens_R), self._max_rows):
+            rows = slice(begin, begin + self._max_rows)
+            logits_RV = self._model.logits(hidden_TK[torch.from_numpy(tokens_R[rows])]).numpy()
+            step.lap("model")
+            yield rows, logits_RV
+
+
+class EncoderRunner:
+    """Pools whole prompts, each in the step that starts it."""
+
+    def __init__(self, model: EncoderModel, batch: Batch) -> None:
+        self._model, self._batch = model, batch
+
+    def step(self, plan: StepPlan, masks: Masks) -> StepResult:
+        step = _Step(self._batch, plan)
+        if len(step.runs):
+            assert len(step.runs.pool_rows) == len(step.runs), "an encoder takes whole prompts"
+            token_ids, token_types, query_start, longest = prompt_inputs(self._batch, step.runs)
+            step.lap("prepare")
+            hidden_TK = self._model.forward(token_ids, token_types, query_start, longest)
+            step.lap("model")
+            step.pool(step.runs.pool_rows, lambda params: self._model.pool(hidden_TK, query_start, params))
+        return step.finish()
+
+
+class _Step:
+    """One step under way: its runs, its result so far, and where its time went."""
+
+    def __init__(self, batch: Batch, plan: StepPlan) -> None:
+        self._last_ns = time.perf_counter_ns()
+        self._batch, self._plan = batch, plan
+        self.runs = batch.apply(plan)
+        self.result = StepResult(step=plan.step, times_ns={"prepare": 0, "model": 0, "sample": 0})
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap went to ``name``."""
+        now = time.perf_counter_ns()
+        self.result.times_ns[name] += now - self._last_ns
+        self._last_ns = now
+
+    def wait_for(self, masks: Masks) -> dict[int, bytes]:
+        return masks(self._plan.step) if self._plan.masked_slots else {}
+
+    def pool(self, rows: Int32Array, compute: Callable[[list[PoolingParams]], list[Tensor]]) -> None:
+        slots = self.runs.slots[rows].tolist()
+        vectors = compute([self._batch.extras[slot].pooling or PoolingParams() for slot in slots])
+        self.result.pooled = {s: v.float().numpy().tobytes() for s, v in zip(slots, vectors, strict=True)}
+        self.lap("sample")
+
+    def finish(self) -> StepResult:
+        """Reads the sampled tokens and lets the batch advance over them."""
+        runs, batch = self.runs, self._batch
+        tokens = np.full(len(runs), -1, np.int32)
+        slots = runs.slots[runs.sample_rows]
+        tokens[runs.sample_rows] = batch.tokens[slots, batch.length[slots]]
+        self.result.tokens = tokens.tobytes()
+        batch.advance(runs)
+        return self.result
