@@ -1,0 +1,1 @@
+"""Measurements of the engine, each from one command."""

@@ -1,0 +1,57 @@
+"""The command line. ``headway --help`` imports neither torch nor a tokenizer."""
+
+from __future__ import annotations
+
+import sys
+
+from headway.cli.commands import COMMANDS, Command
+from headway.cli.options import UsageError
+from headway.config.args import suggestion
+from headway.errors import HeadwayError, MissingDependencyError, UserError
+
+INTERRUPTED = 130
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs one command. Exit status: 0, 1 the engine failed, 2 the user can mend it, 130 interrupted."""
+    try:
+        return _dispatch(sys.argv[1:] if words is None else words)
+    except (UserError, MissingDependencyError) as error:
+        print(f"headway: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except HeadwayError as error:
+        print(f"headway: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("headway: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _dispatch(words: list[str]) -> int:
+    if words[:1] == ["--version"]:
+        words = ["version"]
+    if not words or words[0] in ("-h", "--help"):
+        print(_help(COMMANDS))
+        return 0
+    command = next((c for c in COMMANDS if words[: len(c.words.split())] == c.words.split()), None)
+    if command:
+        return command.call(words[len(command.words.split()) :])
+    group = [c for c in COMMANDS if c.words.split()[0] == words[0]]
+    if group and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(_help(group))
+        return 0
+    asked = " ".join(words[:2] if group else words[:1])
+    near = suggestion(asked, [c.words for c in COMMANDS] + [c.words.split()[0] for c in COMMANDS])
+    raise UsageError(f"unknown command {asked}{near} (see headway --help)")
+
+
+def _help(commands: list[Command] | tuple[Command, ...]) -> str:
+    lines = [f"  headway {c.words:<18} {c.text}" for c in commands]
+    return "\n".join(["usage:", *lines, "", "headway COMMAND --help shows a command's options."])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+__all__ = ["main"]

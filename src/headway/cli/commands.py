@@ -1,0 +1,103 @@
+"""The commands: what each takes, and the function that runs it, imported when it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from headway.batch.options import BatchOptions
+from headway.bench.options import LatencyOptions, ThroughputOptions
+from headway.cli.options import Parser, add_options, build
+from headway.config.args import EngineArgs, check_fields, setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    system: str | None = setting(text="a system message that opens the conversation")
+    max_tokens: int = setting(512, text="tokens an answer, at most", low=1)
+    temperature: float = setting(0.6, text="0 always takes the most likely token", low=0.0)
+    top_p: float = setting(0.9, text="sample from the most likely tokens that make up this probability", low=0.0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainOptions:
+    json: bool = setting(False, text="print JSON instead of a table")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """words: how it is called. run: "module:function", called as function(own options, engine args) -> exit status.
+
+    skip: engine settings whose names the command's own options take.
+    """
+
+    words: str
+    text: str
+    run: str
+    options: type | None = None
+    engine: bool = True
+    skip: tuple[str, ...] = field(default=())
+
+    def parser(self) -> Parser:
+        needs = " --model MODEL" if self.engine else ""
+        own = " INPUT -o OUTPUT" if self.options is BatchOptions else ""
+        usage = f"headway {self.words}{own}{needs} [options]"
+        parser = Parser(prog=f"headway {self.words}", usage=usage, description=self.text, allow_abbrev=False)
+        if self.options:
+            add_options(parser, self.options, "options")
+        if self.engine:
+            add_options(parser, EngineArgs, "engine (every one but the model is automatic)", self.skip)
+        return parser
+
+    def call(self, words: list[str]) -> int:
+        values = self.parser().parse_exactly(words)
+        arguments: list[Any] = []
+        if self.options:
+            arguments.append(build(self.options, values))
+        if self.engine:
+            arguments.append(build(EngineArgs, {k: v for k, v in values.items() if k not in self.skip}))
+        return self._function()(*arguments)
+
+    def _function(self) -> Callable[..., int]:
+        module, _, name = self.run.partition(":")
+        return getattr(import_module(module), name)
+
+
+COMMANDS = (
+    Command(
+        words="batch",
+        text="Answer every row of a JSONL file.",
+        run="headway.batch.command:run",
+        options=BatchOptions,
+    ),
+    Command(words="chat", text="Talk to a model.", run="headway.cli.chat:run", options=ChatOptions),
+    Command(
+        words="config explain",
+        text="Show every resolved setting, its value and its reason.",
+        run="headway.cli.explain:run",
+        options=ExplainOptions,
+    ),
+    Command(
+        words="bench throughput",
+        text="Measure offline throughput on a fixed workload.",
+        run="headway.bench.throughput:run",
+        options=ThroughputOptions,
+        skip=("seed",),
+    ),
+    Command(
+        words="bench latency",
+        text="Measure time to first token and time per token, one request at a time.",
+        run="headway.bench.latency:run",
+        options=LatencyOptions,
+        skip=("seed",),
+    ),
+    Command(words="version", text="Print the version.", run="headway.cli.version:run", engine=False),
+)

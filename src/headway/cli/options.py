@@ -1,0 +1,73 @@
+"""Dataclasses of settings as command-line options, and back. No library: a start-up of milliseconds is a feature."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, fields
+from typing import Any, NoReturn
+
+from headway.config.args import Kind, kinds, suggestion
+from headway.errors import UserError
+
+
+class UsageError(UserError):
+    """The command line cannot be understood."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError, with the nearest known option where one is misspelt, instead of exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def parse_exactly(self, words: list[str]) -> dict[str, Any]:
+        """Name to value, of the options that were given."""
+        values, unknown = self.parse_known_args(words)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            near = suggestion(word, [flag for action in self._actions for flag in action.option_strings])
+            self.error(f"unknown argument {word}{near}")
+        return vars(values)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def add_options(parser: argparse.ArgumentParser, owner: type, title: str, skip: Iterable[str] = ()) -> None:
+    """Adds one option for each field; a field with ``positional`` in its metadata is a positional argument."""
+    group = parser.add_argument_group(title)
+    for f in fields(owner):
+        if f.name not in skip:
+            _add_option(group.add_argument, f, kinds(owner)[f.name])
+
+
+def _add_option(add: Callable[..., object], f: Field[Any], kind: Kind) -> None:
+    text, short, positional = (f.metadata.get(k) for k in ("text", "short", "positional"))
+    settings: dict[str, Any] = {"help": _help(f, kind), "default": argparse.SUPPRESS}
+    assert text, f"{f.name} has no help text"
+    if positional:
+        add(f.name, metavar=f.name.upper(), help=text)
+        return
+    if kind.type is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        settings["type"] = kind.type
+        settings["metavar"] = "{" + ",".join(kind.choices) + "}" if kind.choices else kind.type.__name__.upper()
+    names = [n for n in (short, flag(f.name)) if n]
+    add(*names, dest=f.name, required=f.default is MISSING, **settings)
+
+
+def _help(f: Field[Any], kind: Kind) -> str:
+    if f.default is MISSING:
+        return f"{f.metadata['text']} (required)"
+    if f.default is None:
+        return f.metadata["text"]
+    default = {True: "yes", False: "no"}.get(f.default, f.default) if kind.type is bool else f.default
+    return f"{f.metadata['text']} (default: {default})"
+
+
+def build(owner: type, values: dict[str, Any]) -> Any:
+    """An instance from the values that were given; checks them."""
+    return owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})

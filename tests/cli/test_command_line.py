@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from headway.cli import main
+from headway.cli.commands import COMMANDS
+
+GOLDEN = Path(__file__).with_name("command_line.txt")
+
+
+def described() -> str:
+    """Every command and option, one a line."""
+    lines: list[str] = []
+    for command in COMMANDS:
+        lines.append(f"headway {command.words}")
+        for action in command.parser()._actions:
+            names = " ".join(action.option_strings) or action.dest.upper()
+            lines.append(f"  {names} {action.metavar or ''}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def test_the_command_line_is_frozen() -> None:
+    """A deliberate change: write described() to the file."""
+    assert described() == GOLDEN.read_text()
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    probe = (
+        "import sys; from headway.cli import main; main(['--help'])\n"
+        "for name in ('torch', 'numpy', 'tokenizers', 'transformers', 'ray'): assert name not in sys.modules, name"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", probe], check=True, stdout=subprocess.DEVNULL)
+    assert time.perf_counter() - start < 2  # 0.1 s alone; the machine may be busy
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.words)
+def test_every_command_has_help(command, capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*command.words.split(), "--help"])
+    assert left.value.code == 0
+    assert command.text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bath"], "unknown command bath; did you mean batch? (see headway --help)"),
+        (["bench", "latencies"], "unknown command bench latencies; did you mean bench latency? (see headway --help)"),
+        (
+            ["config", "explain", "--model", "m", "--max-num-seq", "4"],
+            "unknown argument --max-num-seq; did you mean --max-num-seqs? (see headway config explain --help)",
+        ),
+        (
+            ["config", "explain"],
+            "the following arguments are required: --model (see headway config explain --help)",
+        ),
+        (
+            ["config", "explain", "--model", "m", "--dtype", "fp8"],
+            "dtype='fp8': must be one of bfloat16, float16, float32",
+        ),
+        (
+            ["config", "explain", "--model", "m", "--threads", "two"],
+            "argument --threads: invalid int value: 'two' (see headway config explain --help)",
+        ),
+        (["batch", "in.jsonl", "-o", "x", "--model", "m", "--max-tokens", "0"], "max_tokens=0: must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(words: list[str], message: str, capsys) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"headway: {message}\n"
+
+
+def test_a_group_of_commands_lists_them(capsys) -> None:
+    assert main(["bench"]) == 0
+    assert "headway bench latency" in capsys.readouterr().out
+
+
+def test_version(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip().count(".") == 2
