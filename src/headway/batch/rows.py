@@ -34,7 +34,7 @@ class BadRow:
 
     line: int
     error: str
-    fields: dict[str, Any] = field(default_factory=lambda: {})
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def read_rows(path: Path, defaults: dict[str, Any]) -> Iterator[Row | BadRow]:
@@ -105,7 +105,7 @@ def _structured(given: dict[str, Any]) -> StructuredOutput:
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise RequestError(name, value, str(error)[:1].lower() + str(error)[1:]) from None
 
