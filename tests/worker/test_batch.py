@@ -9,12 +9,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.worker.plans import plan, start
 
 from headway.messages import PoolingParams, SamplingParams, StructuredOutput
 from headway.worker.batch import Batch
 from headway.worker.extras import Kind
 from headway.worker.inputs import InputBuffers, prompt_inputs
-from tests.worker.plans import plan, start
 
 SLOTS, MAX_LEN, BLOCK = 5, 40, 4
 PREFIX_HIT = BLOCK
@@ -54,7 +54,9 @@ class BatchFollowsPlans(RuleBasedStateMachine):
     @precondition(lambda self: self.last_slots)
     @rule(data=st.data())
     def repeat(self, data: st.DataObject) -> None:
-        if any(s not in self.model or not 0 < self.left(s) or len(self.model[s].tokens) == MAX_LEN for s in self.last_slots):
+        if any(
+            s not in self.model or not self.left(s) > 0 or len(self.model[s].tokens) == MAX_LEN for s in self.last_slots
+        ):
             return
         runs = [(s, 1) for s in self.last_slots]
         self.run(data, plan(runs=None, blocks=self.grow(runs)), runs)

@@ -6,6 +6,7 @@ import numpy as np
 
 from headway.messages import RowLogprobs
 from headway.worker.extras import Float32Array, TokenIds
+from headway.worker.largest import largest
 
 
 def row_logprobs(logits_V: Float32Array, token: int, count: int) -> RowLogprobs:
@@ -25,6 +26,5 @@ def most_likely(logits_V: Float32Array, count: int) -> TokenIds:
     count = min(count, len(logits_V))
     if count == 0:
         return np.empty(0, np.int64)
-    threshold = np.partition(logits_V, len(logits_V) - count)[len(logits_V) - count]
-    ids = np.flatnonzero(logits_V >= threshold)
+    ids = np.flatnonzero(logits_V >= largest(logits_V, count)[count - 1])
     return ids[np.argsort(-logits_V[ids], kind="stable")][:count]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from headway.worker.adjust import adjust_logits
 from headway.worker.extras import Float32Array, Int32Array, Kind
+from headway.worker.largest import descending, largest
 from headway.worker.logprobs import row_logprobs
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Sampler:
         weights_V *= np.float32(1.0 / temperature)
         np.exp(weights_V, out=weights_V)
         if top_k:
-            weights_V *= logits_V >= _largest(logits_V, top_k)[top_k - 1]
+            weights_V *= logits_V >= largest(logits_V, top_k)[top_k - 1]
         threshold = min_p
         if top_p < 1.0:
             threshold = max(threshold, _nucleus_threshold(weights_V, top_p))
@@ -124,31 +125,14 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _nucleus_threshold(weights_V: Float32Array, top_p: float) -> float:
     """The weight of the last token in the smallest set of most likely tokens that holds top_p of the mass."""
-    target = top_p * float(weights_V.sum(dtype=np.float64))
-    largest = _largest(weights_V, _HEAD)
-    cumulative = largest.cumsum(dtype=np.float64)
-    if cumulative[-1] < target:
-        # All the tokens below this weight together hold no more than 1 - top_p.
-        negligible = (1.0 - top_p) / top_p * target / len(weights_V)
-        largest = _descending(weights_V[np.flatnonzero(weights_V >= negligible)])
-        cumulative = largest.cumsum(dtype=np.float64)
-    last = int(cumulative.searchsorted(target))
-    return float(largest[min(last, len(largest) - 1)])
-
-
-def _largest(values_V: Float32Array, count: int) -> Float32Array:
-    """At least the ``count`` largest values, descending.
-
-    The count-th largest of the maxima of many groups is no greater than the count-th largest value, so that few values
-    are left to sort.
-    """
-    groups = len(values_V) // 64
-    if count <= groups:
-        maxima = values_V[: groups * 64].reshape(64, groups).max(axis=0)
-        bound = np.partition(maxima, groups - count)[groups - count]
-        values_V = values_V[np.flatnonzero(values_V >= bound)]
-    return _descending(values_V)
-
-
-def _descending(values: Float32Array) -> Float32Array:
-    return np.sort(values)[::-1]
+    total = float(weights_V.sum(dtype=np.float64))
+    # All the tokens below this weight together hold less than 1 - top_p.
+    negligible = np.float32((1.0 - top_p) * total / len(weights_V))
+    weights = weights_V[np.flatnonzero(weights_V >= negligible)]
+    head = largest(weights, min(_HEAD, len(weights)))
+    cumulative = head.cumsum(dtype=np.float64)
+    if cumulative[-1] < top_p * total:
+        head = descending(weights)
+        cumulative = head.cumsum(dtype=np.float64)
+    last = int(cumulative.searchsorted(top_p * total))
+    return float(head[min(last, len(head) - 1)])
