@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from headway.ops.port import AttentionMetadata, KVCache
 
 
+class Comm(Protocol):
+    """What the tensor parallel ranks of one pipeline stage say to each other."""
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Sums over the ranks, in place."""
+        ...
+
+    def all_gather(self, x_RN: Tensor) -> Tensor:
+        """The ranks' columns side by side, in rank order: [R, N * ranks]."""
+        ...
+
+
 class CausalModel(Protocol):
     """A decoder: generates, and pools the last token (embedding, classification head) where asked.
 

@@ -1,4 +1,4 @@
-"""What a decoder is, as data. Architectures differ in these fields only; one Decoder and one compiler serve them all."""
+"""What a model is, as data. Decoders differ in these fields only; one Decoder and one compiler serve them all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class DecoderSpec:
 
     norm_first: pre-norm (all but OPT-350m). position_offset: added to positions before the learned table (OPT: 2).
     embed_size: width of the embedding where it differs from hidden_size (OPT-350m projects in and out).
-    sliding_window: keys further back than this are not seen; None sees all.
+    sliding_window: a token sees itself and the sliding_window - 1 before it; None sees all.
+    qkv_bias, o_bias, mlp_bias: whether those linears have one. Layer norms always do, the head and projections never.
     """
 
     vocab_size: int
@@ -46,11 +47,51 @@ class DecoderSpec:
     learned_positions: int = 0
     position_offset: int = 0
     qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     embed_size: int | None = None
     tie_embeddings: bool = False
     sliding_window: int | None = None
     max_positions: int = 2048
     num_labels: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSpec:
+    """A BERT-like encoder: learned positions, post-norm, biases everywhere.
+
+    positions: rows of the position table. position_offset: added to positions (RoBERTa: padding id + 1).
+    head: how class logits come from the first token: "pooler" is dense, tanh, classifier (BERT); "dense" is the same
+    under RoBERTa's names; None has no classification head. max_positions: the longest prompt.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    norm_eps: float
+    activation: Activation
+    positions: int
+    position_offset: int
+    token_types: int
+    max_positions: int
+    num_labels: int = 0
+    head: Literal["pooler", "dense"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingSpec:
+    """How a checkpoint turns hidden states into vectors and class logits into scores.
+
+    normalize: to unit length. classify, score: the function over the logits of those tasks.
+    """
+
+    pooling: Literal["mean", "cls", "max", "last"]
+    normalize: bool
+    classify: Literal["softmax", "sigmoid", "identity"]
+    score: Literal["sigmoid", "identity"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +108,32 @@ class Shard:
         base, extra = divmod(num_layers, self.pipeline_size)
         start = self.pipeline_rank * base + min(self.pipeline_rank, extra)
         return range(start, start + base + (self.pipeline_rank < extra))
+
+    @property
+    def first(self) -> bool:
+        """Holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def last(self) -> bool:
+        """Holds the final norm and the head."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def width(self, total: int) -> slice:
+        """This tensor rank's part of ``total`` (heads' rows, intermediate width), which the ranks divide evenly."""
+        assert total % self.tensor_size == 0, (total, self.tensor_size)
+        part = total // self.tensor_size
+        return slice(self.tensor_rank * part, (self.tensor_rank + 1) * part)
+
+    def kv_heads(self, num_kv_heads: int) -> range:
+        """The key/value heads of this tensor rank; with more ranks than heads, neighbours hold the same one."""
+        if num_kv_heads >= self.tensor_size:
+            part = self.width(num_kv_heads)
+            return range(part.start, part.stop)
+        head = self.tensor_rank * num_kv_heads // self.tensor_size
+        return range(head, head + 1)
+
+    def vocabulary(self, vocab_size: int) -> range:
+        """The head's rows of this tensor rank, equally many on every rank: the last ones may lie beyond vocab_size."""
+        part = -(-vocab_size // self.tensor_size)
+        return range(self.tensor_rank * part, (self.tensor_rank + 1) * part)

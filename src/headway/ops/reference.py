@@ -6,6 +6,7 @@ Shape suffixes as in headway.ops.port.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -134,7 +135,7 @@ class ReferenceOps:
         cache = cast(ReferenceKV, kv)
         out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         starts, contexts = meta.query_start.tolist(), meta.context_len.tolist()
-        for run, (start, end, context) in enumerate(zip(starts, starts[1:], contexts, strict=False)):
+        for run, (start, end, context) in enumerate(zip(starts, starts[1:], contexts)):
             blocks = meta.block_table[run, : -(-context // cache.block_size)].long()
             keys = cache.keys[layer, blocks].flatten(0, 1)[:context]
             values = cache.values[layer, blocks].flatten(0, 1)[:context]
@@ -147,7 +148,7 @@ class ReferenceOps:
     ) -> Tensor:
         out = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
         starts = query_start.tolist()
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             rows = slice(start, end)
             out[rows] = _grouped_attention(q_THD[rows], k_THD[rows], v_THD[rows], None, scale)
         return out

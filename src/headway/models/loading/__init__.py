@@ -1,0 +1,1 @@
+"""Reading checkpoints: configurations without torch, weights one tensor at a time."""

@@ -1,0 +1,123 @@
+"""Where weights come from: one tensor at a time, memory-mapped until used."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from headway.errors import ModelError
+from headway.models.loading.config import Config, is_gguf
+from headway.models.loading.safetensors_file import StoredTensor, read_headers
+
+
+class WeightSource(Protocol):
+    """A checkpoint's tensors under Hugging Face's names."""
+
+    def has(self, name: str) -> bool: ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor, possibly memory-mapped. Raises ModelError when it is missing or has another shape."""
+        ...
+
+
+def open_weights(path: Path, config: Config, *, load_format: str, seed: int) -> WeightSource:
+    """The weights of a directory or GGUF file; random ones for load_format "dummy"."""
+    if load_format == "dummy":
+        return DummyWeights(seed)
+    if is_gguf(path):
+        from headway.models.loading.gguf_weights import GGUFWeights
+
+        return GGUFWeights(path, config)
+    headers = read_headers(path)
+    if headers:
+        return SafetensorsWeights(path, headers)
+    pickled = path / "pytorch_model.bin"
+    if pickled.exists():
+        return PickledWeights(pickled)
+    raise ModelError(f"{path}: has neither model.safetensors (nor its index) nor pytorch_model.bin")
+
+
+class SafetensorsWeights:
+    """One file or several, each opened when first used."""
+
+    def __init__(self, directory: Path, headers: dict[str, StoredTensor]) -> None:
+        self._directory, self._headers = directory, headers
+        self._open: dict[Path, Any] = {}
+
+    def has(self, name: str) -> bool:
+        return _stored_name(name, self._headers) is not None
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        stored = _stored_name(name, self._headers)
+        if stored is None:
+            raise _missing(self._directory, name)
+        file = self._headers[stored].file
+        return _checked(self._file(file).get_tensor(stored), shape, file, name)
+
+    def _file(self, file: Path) -> Any:
+        if file not in self._open:
+            from safetensors import safe_open
+
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except Exception as error:  # safetensors has its own exception type
+                raise ModelError(f"{file}: {error}") from error
+        return self._open[file]
+
+
+class PickledWeights:
+    """pytorch_model.bin, read without executing anything in it."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            self._tensors: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a corrupt archive raises anything from EOFError to UnpicklingError
+            raise ModelError(f"{file}: truncated, corrupt or not plain weights ({error})") from error
+
+    def has(self, name: str) -> bool:
+        return _stored_name(name, self._tensors) is not None
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        stored = _stored_name(name, self._tensors)
+        if stored is None:
+            raise _missing(self._file, name)
+        return _checked(self._tensors[stored], shape, self._file, name)
+
+
+class DummyWeights:
+    """Random weights: the same for the same name and seed, whatever is loaded before them and on whichever rank."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
+        generator = torch.Generator().manual_seed(self._seed ^ zlib.crc32(name.encode()))
+        return torch.randn(shape, generator=generator) * 0.02
+
+
+def _stored_name(name: str, tensors: dict[str, Any]) -> str | None:
+    """Checkpoints older than 2019 call a norm's weight and bias gamma and beta."""
+    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    return next((candidate for candidate in (name, old) if candidate in tensors), None)
+
+
+def _missing(where: Path, name: str) -> ModelError:
+    return ModelError(f"{where}: tensor {name} is missing")
+
+
+def _checked(tensor: Tensor, shape: tuple[int, ...], where: Path, name: str) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise ModelError(f"{where}: tensor {name} has shape {tuple(tensor.shape)}; its configuration asks for {shape}")
+    if not tensor.is_floating_point():
+        raise ModelError(f"{where}: tensor {name} has type {tensor.dtype}; must be a floating point type")
+    return tensor

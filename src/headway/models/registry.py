@@ -1,0 +1,117 @@
+"""From a resolved configuration to a model that runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headway.errors import ConfigError, MissingDependencyError
+from headway.models import families
+from headway.models.loading.config import Config, is_gguf, read_config
+from headway.models.loading.pooling import max_prompt, read_pooling
+from headway.models.spec import DecoderSpec, EncoderSpec, Shard
+
+if TYPE_CHECKING:
+    from headway.config.settings import ModelConfig
+    from headway.models.decoder import Decoder
+    from headway.models.encoder import Encoder
+    from headway.models.port import CausalModel, Comm, EncoderModel
+    from headway.ops.port import Ops
+
+
+def load_model(
+    config: ModelConfig, ops: Ops, shard: Shard | None = None, comm: Comm | None = None
+) -> CausalModel | EncoderModel:
+    """Reads, shards and packs the weights for ``ops``. comm: the tensor parallel group, when there are several ranks.
+
+    Raises ModelError (the checkpoint), ConfigError (how it should be divided), MissingDependencyError (extra "hf").
+    """
+    path = Path(config.path)
+    checkpoint = read_config(path)
+    shard = shard or Shard()
+    families.architecture(checkpoint)
+    encoder = families.encoder_spec(checkpoint)
+    if encoder is not None:
+        return _load_encoder(config, path, checkpoint, encoder, ops, shard)
+    try:
+        spec = families.decoder_spec(checkpoint)
+    except families.UnsupportedVariant as error:
+        return _load_fallback(config, checkpoint, ops, shard, str(error))
+    if spec is None:
+        known = ", ".join(families.SUPPORTED)
+        reason = f"model type {checkpoint['model_type']!r} is not among {known}"
+        return _load_fallback(config, checkpoint, ops, shard, reason)
+    return _load_decoder(config, path, checkpoint, spec, ops, shard, comm)
+
+
+def _load_decoder(
+    config: ModelConfig,
+    path: Path,
+    checkpoint: Config,
+    spec: DecoderSpec,
+    ops: Ops,
+    shard: Shard,
+    comm: Comm | None,
+) -> Decoder:
+    import torch
+
+    from headway.models.decoder import Decoder
+    from headway.models.loading.weights import open_weights
+    from headway.models.packing import DecoderPacker
+
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    packer = DecoderPacker(
+        spec,
+        families.weight_map(checkpoint),
+        open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed),
+        ops,
+        dtype,
+        quantization=config.quantization,
+        shard=shard,
+        with_head=config.runner == "generate" and not spec.num_labels,
+    )
+    return Decoder(
+        spec,
+        packer.weights(),
+        ops,
+        dtype,
+        pooling_spec=read_pooling(path, checkpoint, default="last"),
+        max_positions=spec.max_positions,
+        shard=shard,
+        comm=comm,
+    )
+
+
+def _load_encoder(
+    config: ModelConfig, path: Path, checkpoint: Config, spec: EncoderSpec, ops: Ops, shard: Shard
+) -> Encoder:
+    import torch
+
+    from headway.models.encoder import Encoder, EncoderPacker
+    from headway.models.loading.weights import open_weights
+
+    if (shard.tensor_size, shard.pipeline_size) != (1, 1):
+        raise ConfigError("tensor_parallel_size", shard.tensor_size, "must be 1 for an encoder: use replicas")
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    source = open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed)
+    packer = EncoderPacker(source, ops, dtype, config.quantization)
+    weights = packer.weights(spec)
+    return Encoder(
+        spec,
+        weights,
+        ops,
+        dtype,
+        pooling_spec=read_pooling(path, checkpoint, default="mean"),
+        max_positions=max_prompt(path, spec.max_positions),
+        weights_bytes=packer.nbytes,
+    )
+
+
+def _load_fallback(config: ModelConfig, checkpoint: Config, ops: Ops, shard: Shard, reason: str) -> CausalModel:
+    if is_gguf(Path(config.path)):
+        raise ConfigError("model", config.path, f"a GGUF file needs an implementation of its own: {reason}")
+    try:
+        from headway.models.transformers_fallback import load_with_transformers
+    except ImportError as error:
+        raise MissingDependencyError(f"{reason}; for others: pip install 'headway[hf]'") from error
+    return load_with_transformers(config, checkpoint, ops, shard)
