@@ -15,7 +15,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# Two kinds of warning of GCC are about its own headers of intrinsics.
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
 X86_ONLY = {
@@ -27,6 +29,10 @@ X86_ONLY = {
 
 class BuildKernels(build_ext):
     """Compiles every source with its own instruction set flags, as many at a time as there are cores."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """No Python version in the name: the library knows no Python."""
+        return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
