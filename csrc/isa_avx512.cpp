@@ -1,0 +1,3 @@
+#define ISA avx512
+#define ISA_NAME "avx512"
+#include "isa.h"

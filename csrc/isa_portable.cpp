@@ -1,0 +1,3 @@
+#define ISA portable
+#define ISA_NAME "portable"
+#include "isa.h"

@@ -1,0 +1,221 @@
+// A whole step: the compiled list of operations, walked by every thread of one parallel region.
+
+// What the walk derives from the batch before the region opens. All of it lives in the program's scratch.
+struct StepPlan {
+  int32_t *start, *context, *tokens, *positions, *segments, *tasks, *rows;
+  int64_t num_tokens, num_segments, num_tasks;
+};
+
+// Layout of scratch: [runs + 1] start, [runs] context, [T] token ids, [T] positions, [2 (T + runs)] write segments,
+// [2 (T + runs)] attention tasks, [rows] token index of each sampled row.
+INLINE void plan_step(const Program& p, const Batch& b, const Step& s, StepPlan& o) {
+  int32_t* at = p.scratch;
+  o.start = at, at += p.max_runs + 1;
+  o.context = at, at += p.max_runs;
+  o.tokens = at, at += p.max_tokens;
+  o.positions = at, at += p.max_tokens;
+  o.segments = at, at += 2 * (p.max_tokens + p.max_runs);
+  o.tasks = at, at += 2 * (p.max_tokens + p.max_runs);
+  o.rows = at;
+  int64_t t = 0, segments = 0;
+  o.start[0] = 0;
+  for (int64_t r = 0; r < s.runs; r++) {
+    const int64_t slot = s.run_slots[r], n = s.run_tokens[r], first = b.computed[slot];
+    __builtin_memcpy(o.tokens + t, b.tokens + slot * b.token_stride + first, n * sizeof(int32_t));
+    for (int64_t i = 0; i < n; i++) o.positions[t + i] = (int32_t)(first + i);
+    for (int64_t i = 0; i < n;) {  // a segment never crosses a block, so that no two threads write into one
+      const int64_t room = p.kv.block_size - (first + i) % p.kv.block_size;
+      o.segments[2 * segments] = (int32_t)r, o.segments[2 * segments + 1] = (int32_t)(t + i), segments++;
+      i += room;
+    }
+    t += n;
+    o.start[r + 1] = (int32_t)t;
+    o.context[r] = (int32_t)(first + n);
+  }
+  for (int64_t i = 0; i < s.rows; i++) o.rows[i] = o.start[s.row_runs[i] + 1] - 1;
+  o.num_tokens = t, o.num_segments = segments;
+}
+
+template <class D>
+void embed_rows(Team& team, const Program& p, const Op& op, const StepPlan& plan) {
+  float* x = (float*)p.buffers[BUF_X];
+  typedef typename D::Element E;
+  team.each(plan.num_tokens, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      float* to = x + t * p.strides[BUF_X];
+      if (op.linear) {
+        packed_row<D>(*op.linear, plan.tokens[t], to);
+      } else {
+        const E* from = (const E*)op.table + plan.tokens[t] * op.width;
+        for (int64_t i = 0; i < op.width; i++) to[i] = D::get(from[i]);
+      }
+      if (!op.positions) continue;
+      const float* position = (const float*)op.positions + (plan.positions[t] + op.position_offset) * op.width;
+      for (int64_t i = 0; i < op.width; i++) to[i] += position[i];
+    }
+  });
+}
+
+template <class D>
+void norm_rows(Team& team, const Program& p, const Op& op, const StepPlan& plan, int64_t rows) {
+  typedef typename D::Element E;
+  float* x = (float*)p.buffers[BUF_X];
+  const bool sampled = op.flags & NORM_SAMPLED_ROWS;
+  E* out = (E*)p.buffers[op.dst];
+  team.each(sampled ? rows : plan.num_tokens, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      float* from = x + (sampled ? plan.rows[i] : i) * p.strides[BUF_X];
+      norm_row<D>(from, op.width, op.mode, op.weight, op.bias, op.eps, op.flags & NORM_KEEP ? from : nullptr,
+                  out + i * p.strides[op.dst]);
+    }
+  });
+}
+
+template <class D>
+void rotary_kv(Team& team, const Program& p, const Batch& b, const Step& s, const Op& op, const StepPlan& plan) {
+  typedef typename D::Element E;
+  const int64_t d = p.kv.head_dim, h = p.num_heads, g = p.kv.kv_heads, size = p.kv.block_size;
+  char* layer = (char*)p.kv.base + op.layer * p.kv.layer_stride;
+  team.each(plan.num_segments, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t run = plan.segments[2 * i], first = plan.segments[2 * i + 1];
+      const int32_t* table = b.block_table + s.run_slots[run] * b.table_stride;
+      for (int64_t t = first; t < plan.start[run + 1] && (t == first || plan.positions[t] % size); t++) {
+        E* q = (E*)p.buffers[BUF_QKV] + t * p.strides[BUF_QKV];
+        E *k = q + h * d, *v = k + g * d;
+        const int64_t position = plan.positions[t];
+        if (op.weight) for (int64_t j = 0; j < h; j++) norm_head<D>(q + j * d, d, op.weight, op.eps);
+        if (op.bias) for (int64_t j = 0; j < g; j++) norm_head<D>(k + j * d, d, op.bias, op.eps);
+        if (p.rotary_dim) {
+          const float* cs = p.cos_sin + position * p.rotary_dim;
+          for (int64_t j = 0; j < h + g; j++) rotate_head<D>(q + j * d, cs, p.rotary_dim);
+        }
+        for (int64_t j = 0; j < g; j++)
+          write_kv<D>(p.kv, layer, table[position / size], position % size, j, k + j * d, v + j * d);
+      }
+    }
+  });
+}
+
+template <class D>
+void head_rows(Team& team, const Program& p, const Op& op, const Step& s, Best* best) {
+  HeadOut out{p.logits, p.logits_stride, p.vocab, s.want, best + team.thread * s.rows};
+  gemm<D>(team, p.buffers[op.src], p.strides[op.src], s.rows, *op.linear, out);
+}
+
+// A uniform in [0, 1) that depends on the request's seed and the token's index only (see worker/sampler.py).
+INLINE uint64_t mix(uint64_t z) {
+  z += 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return z ^ (z >> 31);
+}
+INLINE float uniform(uint64_t seed, uint64_t index) { return (float)(mix(seed ^ mix(index)) >> 40) * 0x1p-24f; }
+
+// Inverse CDF of softmax(logits / temperature), in token order. Sums in double over blocks of 16.
+INLINE int32_t sample_row(const float* logits, int64_t vocab, float temperature, float u) {
+  const float inverse = 1.f / temperature;
+  v16 peak = splat(-1e30f);
+  int64_t i = 0;
+  for (; i + 16 <= vocab; i += 16) peak = vmax(peak, load(logits + i));
+  float top = hmax(peak);
+  for (; i < vocab; i++) top = logits[i] > top ? logits[i] : top;
+  double total = 0;
+  auto weights = [&](int64_t at) {
+    v16 x = splat(-1e30f);
+    if (at + 16 <= vocab) x = load(logits + at);
+    else for (int64_t j = at; j < vocab; j++) x[j - at] = logits[j];
+    v16 w = vexp((x - top) * inverse);
+    return x > -5e29f ? w : splat(0.f);
+  };
+  for (i = 0; i < vocab; i += 16) total += hsum(weights(i));
+  const double target = u * total;
+  double seen = 0;
+  int32_t last = 0;
+  for (i = 0; i < vocab; i += 16) {
+    v16 w = weights(i);
+    double next = seen + hsum(w);
+    if (next > target || i + 16 >= vocab) {
+      for (int64_t j = 0; j < 16 && i + j < vocab; j++) {
+        seen += w[j];
+        if (w[j] > 0.f) last = (int32_t)(i + j);
+        if (seen > target && w[j] > 0.f) return last;
+      }
+    } else if (next > seen) {
+      last = (int32_t)(i + 15);
+    }
+    seen = next;
+  }
+  return last;
+}
+
+INLINE void choose_rows(Team& team, const Program& p, const Batch& b, const Step& s, const Best* best) {
+  team.each(s.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      if (s.want[i] == 0) {
+        Best winner = best[i];
+        for (int t = 1; t < team.threads; t++) {
+          const Best& other = best[t * s.rows + i];
+          if (other.value > winner.value || (other.value == winner.value && other.column < winner.column)) winner = other;
+        }
+        s.token[i] = winner.column;
+      } else if (s.want[i] == 1) {
+        const int64_t slot = s.run_slots[s.row_runs[i]];
+        const float u = uniform(b.seed[slot], (uint64_t)(b.length[slot] - b.prompt_len[slot]));
+        s.token[i] = sample_row(p.logits + i * p.logits_stride, p.vocab, b.temperature[slot], u);
+      }
+    }
+  });
+}
+
+template <class D>
+void walk(Team team, const Program& p, const Batch& b, const Step& s, const StepPlan& plan, const Runs& runs, Best* best) {
+  for (int64_t i = 0; i < s.rows; i++) best[team.thread * s.rows + i] = {-__builtin_inff(), INT32_MAX};
+  for (int64_t i = 0; i < p.num_ops; i++) {
+    const Op& op = p.ops[i];
+    const int64_t rows = op.src == BUF_ROWS ? s.rows : plan.num_tokens;
+    switch (op.code) {
+      case OP_EMBED: embed_rows<D>(team, p, op, plan); break;
+      case OP_NORM: norm_rows<D>(team, p, op, plan, s.rows); break;
+      case OP_LINEAR:
+        linear<D>(team, p.buffers[op.src], p.strides[op.src], rows, *op.linear, op.mode, op.act, p.buffers[op.dst],
+                  p.strides[op.dst]);
+        break;
+      case OP_ROTARY_KV: rotary_kv<D>(team, p, b, s, op, plan); break;
+      case OP_ATTENTION:
+        attention<D>(team, p.kv, op.layer, runs, plan.tasks, plan.num_tasks, p.num_heads, p.buffers[BUF_QKV],
+                     p.strides[BUF_QKV], p.buffers[BUF_ATTN], p.strides[BUF_ATTN], p.attention_scale, p.window);
+        break;
+      case OP_HEAD: head_rows<D>(team, p, op, s, best); break;
+    }
+    team.sync();
+  }
+  choose_rows(team, p, b, s, best);
+}
+
+// Runs body(team) on every thread of the caller's OpenMP pool.
+template <class Body>
+void region(int threads, int64_t counters, Body body) {
+  std::vector<Counter> counter(counters);
+  Barrier barrier(threads);
+#pragma omp parallel num_threads(threads)
+  {
+    Team team{barrier, counter.data(), threads, omp_get_thread_num()};
+    body(team);
+  }
+}
+
+static int run_step(const Program* program, const Batch* batch, const Step* step) {
+  const Program& p = *program;
+  StepPlan plan;
+  plan_step(p, *batch, *step, plan);
+  std::vector<int32_t> table_row(step->run_slots, step->run_slots + step->runs);
+  Runs runs{step->runs, plan.num_tokens, plan.start, plan.context, batch->block_table, table_row.data(), batch->table_stride};
+  plan.num_tasks = plan_attention(runs, p.num_heads / p.kv.kv_heads, plan.tasks);
+  std::vector<Best> best(step->rows * p.threads);
+  region(p.threads, p.num_ops + 1, [&](Team team) {
+    if (p.dtype == BF16) walk<Bf16Words>(team, p, *batch, *step, plan, runs, best.data());
+    else walk<F32Words>(team, p, *batch, *step, plan, runs, best.data());
+  });
+  return 0;
+}

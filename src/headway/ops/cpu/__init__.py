@@ -1,0 +1,5 @@
+"""The C++ kernels for CPUs."""
+
+from headway.ops.cpu.ops import CpuOps
+
+__all__ = ["CpuOps"]

@@ -1,0 +1,158 @@
+"""The Ops port on the C++ kernels, one operation at a time (models with a program use headway.ops.cpu.program)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headway.errors import ConfigError
+from headway.ops.cpu import abi
+from headway.ops.cpu.linear import CODE, CpuLinear
+from headway.ops.cpu.program import ProgramBuilder
+from headway.ops.port import Activation, AttentionMetadata
+from headway.ops.reference import ReferenceOps
+
+
+@dataclass(slots=True)
+class CpuKVCache:
+    """All layers in one allocation, zero pages until written; ``layout`` is what C++ reads."""
+
+    num_blocks: int
+    block_size: int
+    storage: Tensor
+    layout: abi.KvLayout
+
+    @property
+    def nbytes(self) -> int:
+        return self.storage.numel()
+
+
+class CpuOps(ReferenceOps):
+    """What is not overridden here runs in plain torch (encoder attention, rotary in op-by-op models)."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int, isa: str = "auto") -> None:
+        kernels = abi.find_kernels(isa)
+        if kernels is None:
+            raise ConfigError("isa", isa, "this CPU or this build has no such kernels")
+        self.kernels, self.threads = kernels, threads
+        self.isa: str = kernels.name.decode()
+
+    def pack_linear(
+        self,
+        weight_NK: Tensor,
+        bias_N: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        quantization: str | None = None,
+        gated: bool = False,
+    ) -> CpuLinear:
+        return CpuLinear(self.kernels, self.threads, weight_NK, bias_N, dtype, quantization, gated)
+
+    def linear(self, x_TK: Tensor, weight: CpuLinear, *, activation: Activation | None = None) -> Tensor:
+        out = x_TK.new_empty(len(x_TK), weight.struct.panels * 32)
+        self._linear(x_TK, weight, abi.LIN_STORE, activation, out)
+        return out[:, : weight.out_features]
+
+    def linear_add(self, x_TK: Tensor, weight: CpuLinear, residual_TN: Tensor) -> None:
+        if weight.out_features % 32 or not residual_TN.is_contiguous():
+            residual_TN += self.linear(x_TK, weight)
+        else:
+            self._linear(x_TK, weight, abi.LIN_ADD, None, residual_TN)
+
+    def gated_linear(self, x_TK: Tensor, weight: CpuLinear, activation: Activation) -> Tensor:
+        out = x_TK.new_empty(len(x_TK), weight.struct.panels * 16)
+        self._linear(x_TK, weight, abi.LIN_GATED, activation, out)
+        return out[:, : weight.out_features // 2]
+
+    def _linear(self, x: Tensor, w: CpuLinear, mode: int, activation: Activation | None, out: Tensor) -> None:
+        x = _padded(x, w)
+        self.kernels.linear(
+            ctypes.byref(w.struct), x.data_ptr(), x.stride(0), len(x), CODE[x.dtype], mode,
+            abi.ACTIVATIONS[activation], out.data_ptr(), out.stride(0), self.threads,
+        )  # fmt: skip
+
+    def rms_norm(self, x_TK: Tensor, weight_K: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        return self._norm(x_TK, abi.NORM_RMS, weight_K, None, eps, dtype)
+
+    def layer_norm(self, x_TK: Tensor, weight_K: Tensor, bias_K: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        return self._norm(x_TK, abi.NORM_LAYER, weight_K, bias_K, eps, dtype)
+
+    def _norm(
+        self, x: Tensor, kind: int, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        x = x.float().contiguous()
+        out = torch.empty(x.shape, dtype=dtype)
+        bias_ptr = None if bias is None else bias.data_ptr()
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        self.kernels.norm(
+            x.data_ptr(), width, rows, width, kind, weight.data_ptr(), bias_ptr, eps, CODE[dtype], out.data_ptr(),
+            width, self.threads,
+        )  # fmt: skip
+        return out
+
+    def allocate_kv(
+        self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> CpuKVCache:
+        if not supports_paged(block_size, head_dim, dtype):
+            return super().allocate_kv(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)  # type: ignore[return-value]
+        layer_stride = num_blocks * block_size * num_kv_heads * head_dim * 2 * dtype.itemsize
+        storage = torch.zeros(num_layers * layer_stride + 64, dtype=torch.uint8)  # calloc: resident when written
+        base = (storage.data_ptr() + 63) // 64 * 64
+        layout = abi.KvLayout(base, layer_stride, num_blocks, block_size, num_kv_heads, head_dim, CODE[dtype])
+        return CpuKVCache(num_blocks, block_size, storage, layout)
+
+    def write_kv(self, kv: CpuKVCache, layer: int, k_TGD: Tensor, v_TGD: Tensor, slot_mapping_T: Tensor) -> None:
+        if not isinstance(kv, CpuKVCache):
+            return super().write_kv(kv, layer, k_TGD, v_TGD, slot_mapping_T)
+        k, v = _rows(k_TGD), _rows(v_TGD)
+        self.kernels.write_kv(
+            ctypes.byref(kv.layout), layer, k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0),
+            slot_mapping_T.data_ptr(), len(k),
+        )  # fmt: skip
+
+    def attention(
+        self, kv: CpuKVCache, layer: int, q_THD: Tensor, meta: AttentionMetadata, *, scale: float, window: int | None
+    ) -> Tensor:
+        if not isinstance(kv, CpuKVCache):
+            return super().attention(kv, layer, q_THD, meta, scale=scale, window=window)
+        q = _rows(q_THD)
+        out = torch.empty(q_THD.shape, dtype=q.dtype)
+        runs = abi.Runs(
+            len(meta.context_len), len(q), meta.query_start.data_ptr(), meta.context_len.data_ptr(),
+            meta.block_table.data_ptr(), None, meta.block_table.stride(0),
+        )  # fmt: skip
+        self.kernels.attention(
+            ctypes.byref(kv.layout), layer, ctypes.byref(runs), q_THD.shape[1], q.data_ptr(), q.stride(0),
+            out.data_ptr(), q_THD.shape[1] * q_THD.shape[2], scale, window or 0, self.threads,
+        )  # fmt: skip
+        return out
+
+    def program_builder(self) -> ProgramBuilder:
+        return ProgramBuilder(self.kernels, self.threads)
+
+
+def supports_paged(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the paged kernels take this geometry; plain torch does otherwise."""
+    return block_size % 16 == 0 and head_dim % 16 == 0 and head_dim <= 256 and dtype in (torch.float32, torch.bfloat16)
+
+
+def _rows(x_THD: Tensor) -> Tensor:
+    """Heads and dimensions contiguous, whatever the stride between tokens."""
+    _, heads, dim = x_THD.shape
+    if x_THD.stride(2) == 1 and x_THD.stride(1) == dim and heads * dim <= x_THD.stride(0):
+        return x_THD
+    return x_THD.contiguous()
+
+
+def _padded(x_TK: Tensor, w: CpuLinear) -> Tensor:
+    """Rows as the kernel reads them: whole words."""
+    if x_TK.stride(1) == 1 and x_TK.shape[1] % 2 == 0 and x_TK.stride(0) % 2 == 0 and x_TK.stride(0) >= x_TK.shape[1]:
+        return x_TK
+    padded = x_TK.new_zeros(len(x_TK), -(-x_TK.shape[1] // 2) * 2)
+    padded[:, : x_TK.shape[1]] = x_TK
+    return padded
