@@ -1,0 +1,124 @@
+"""Structured output by llguidance: grammars are walked token by token, nothing is compiled ahead for a vocabulary."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from headway.errors import MissingDependencyError, RequestError
+from headway.messages import StructuredOutput
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_SOURCE_CHARS = 512 * 1024
+CACHED_CONSTRAINTS = 64
+# llguidance's other limits hold as they are: about 20 ms to build a grammar, 15 ms for a step. A state takes 1-2 kB.
+MAX_LEXER_STATES = 50_000
+# Without a bound, a small model that is unsure what comes next writes spaces until max_tokens.
+JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}
+
+
+class LLGuidanceBackend:
+    """A GrammarBackend. Safe to share between threads; the tokenizer's tables are built on first use (0.2 s).
+
+    tokenizer_json: what tokenizers.Tokenizer.to_str() returns. vocab_size: the model's, which may exceed the
+    tokenizer's. eos_token_ids: allowed exactly where the text is complete.
+    """
+
+    def __init__(self, tokenizer_json: Callable[[], str], vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer_json = tokenizer_json
+        self._vocab_size = vocab_size
+        self._eos = tuple(eos_token_ids)
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
+
+    def compile(self, constraint: StructuredOutput) -> LLGuidanceMatcher:
+        """Raises RequestError naming the constraint's field, MissingDependencyError without llguidance."""
+        field = next(f for f in constraint.__struct_fields__ if getattr(constraint, f) is not None)
+        key = msgspec.json.encode(constraint)
+        if len(key) > MAX_SOURCE_CHARS:
+            raise RequestError(f"structured.{field}", constraint, f"must be at most {MAX_SOURCE_CHARS} characters")
+        with self._lock:
+            matcher = self._compiled.get(key)
+            if matcher is None:
+                matcher = self._compiled[key] = self._build(field, getattr(constraint, field))
+            self._compiled.move_to_end(key)
+            if len(self._compiled) > CACHED_CONSTRAINTS:
+                self._compiled.popitem(last=False)
+            return LLGuidanceMatcher(matcher.deep_copy(), f"structured.{field}", self._eos)
+
+    def _build(self, field: str, value: Any) -> LLMatcher:
+        try:
+            from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+        except ImportError as error:
+            message = "structured output needs llguidance: pip install 'headway[grammar]'"
+            raise MissingDependencyError(message) from error
+        if self._tokenizer is None:
+            eos = list(self._eos) or None
+            self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=eos)
+        source = _SOURCES[field](value, LLMatcher)
+        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise RequestError(f"structured.{field}", value, matcher.get_error())
+        return matcher
+
+
+class LLGuidanceMatcher:
+    """A Matcher; see the port for what mask and accept mean."""
+
+    def __init__(self, matcher: LLMatcher, field: str, eos_token_ids: tuple[int, ...]) -> None:
+        self._matcher = matcher
+        self._field = field
+        self._eos = eos_token_ids
+
+    def mask(self) -> bytes:
+        """Raises RequestError when the text so far makes the constraint too complex to go on."""
+        mask = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            raise RequestError(self._field, self._matcher.get_error(), "the constraint exceeds its limits")
+        return mask
+
+    def accept(self, token_id: int) -> bool:
+        if token_id in self._eos:
+            return self._matcher.is_accepting()
+        return self._matcher.try_consume_tokens([token_id]) == 1
+
+
+def _json_source(value: dict[str, Any] | str, compiler: type[LLMatcher]) -> str:
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise RequestError("structured.json", value, f"must be a JSON schema ({error})") from error
+    if not isinstance(schema, dict):
+        raise RequestError("structured.json", value, "must be a JSON schema: an object")
+    return compiler.grammar_from_json_schema(schema or {"type": "object"}, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+
+
+def _regex_source(value: str, compiler: type[LLMatcher]) -> str:
+    return compiler.grammar_from_regex(value)
+
+
+def _choice_source(value: list[str], compiler: type[LLMatcher]) -> str:
+    if not value or not all(value):
+        raise RequestError("structured.choice", value, "must be a list of at least one non-empty string")
+    return compiler.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in value))
+
+
+def _grammar_source(value: str, compiler: type[LLMatcher]) -> str:
+    return compiler.grammar_from_lark(value)
+
+
+_SOURCES: dict[str, Callable[[Any, type[LLMatcher]], str]] = {
+    "json": _json_source,
+    "regex": _regex_source,
+    "choice": _choice_source,
+    "grammar": _grammar_source,
+}
