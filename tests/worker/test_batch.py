@@ -157,20 +157,23 @@ def test_a_slot_starts_only_after_its_release() -> None:
     [
         ({}, {}, Kind(0)),
         ({"temperature": 0}, {}, Kind.GREEDY),
-        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, {}, Kind(0)),
+        ({"top_k": 5}, {}, Kind.FILTERED),
+        ({"top_p": 0.5}, {}, Kind.FILTERED),
+        ({"min_p": 0.1}, {}, Kind.FILTERED),
+        ({"top_k": 5, "temperature": 0}, {}, Kind.GREEDY),
         ({"min_tokens": 2}, {}, Kind(0)),
-        ({"min_tokens": 2}, {"stop_token_ids": [7]}, Kind.NEEDS_LOGITS),
-        ({}, {"bad_words_ids": [[1]]}, Kind.NEEDS_LOGITS),
-        ({"logit_bias": {1: 2.0}}, {}, Kind.NEEDS_LOGITS),
-        ({"logprobs": 0}, {}, Kind.NEEDS_LOGITS),
-        ({"presence_penalty": 0.5}, {}, Kind.NEEDS_LOGITS),
-        ({"frequency_penalty": 0.5}, {}, Kind.NEEDS_LOGITS),
-        ({"repetition_penalty": 1.5, "temperature": 0}, {}, Kind.NEEDS_LOGITS | Kind.GREEDY),
-        ({"structured": StructuredOutput(regex="a")}, {}, Kind.NEEDS_LOGITS),
+        ({"min_tokens": 2}, {"stop_token_ids": [7]}, Kind.ADJUSTED),
+        ({}, {"bad_words_ids": [[1]]}, Kind.ADJUSTED),
+        ({"logit_bias": {1: 2.0}}, {}, Kind.ADJUSTED),
+        ({"logprobs": 0}, {}, Kind.ADJUSTED),
+        ({"presence_penalty": 0.5}, {}, Kind.ADJUSTED),
+        ({"frequency_penalty": 0.5}, {}, Kind.ADJUSTED),
+        ({"repetition_penalty": 1.5, "temperature": 0}, {}, Kind.ADJUSTED | Kind.GREEDY),
+        ({"structured": StructuredOutput(regex="a")}, {}, Kind.ADJUSTED),
         ({"prompt_logprobs": 1}, {}, Kind.PROMPT_LOGPROBS),
     ],
 )
-def test_the_host_samples_only_what_it_must(params: dict, extra: dict, kind: Kind) -> None:
+def test_a_slots_kind_says_what_its_rows_need(params: dict, extra: dict, kind: Kind) -> None:
     batch = Batch(1, 16, 4, vocab_size=10)
     batch.apply(plan(starts=[start(0, [1], sampling=SamplingParams(**params), **extra)], runs=[]))
     assert batch.kind[0] == kind

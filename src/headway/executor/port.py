@@ -5,23 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-import msgspec
-
-from headway.messages import StepPlan, StepResult
-
-
-class WorkerInfo(msgspec.Struct, kw_only=True):
-    """What start() reports. startup_s: seconds by phase (import, load, pack, warm-up)."""
-
-    executor: str
-    num_blocks: int
-    block_size: int
-    threads: int
-    kernels: str
-    program: bool
-    weights_bytes: int
-    kv_bytes: int
-    startup_s: dict[str, float]
+from headway.messages import StepPlan, StepResult, WorkerInfo
 
 
 class Executor(Protocol):

@@ -4,6 +4,7 @@ from headway.messages.outputs import Completion, EngineOutput, Logprob, PooledOu
 from headway.messages.params import PoolingParams, SamplingParams, StructuredOutput
 from headway.messages.request import Request
 from headway.messages.step import RowLogprobs, SlotStart, StepPlan, StepResult
+from headway.messages.worker import WorkerInfo
 
 __all__ = [
     "Completion",
@@ -19,4 +20,5 @@ __all__ = [
     "StepPlan",
     "StepResult",
     "StructuredOutput",
+    "WorkerInfo",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from headway.worker.extras import Int32Array, Kind, SlotExtras, extras_of, kind_of
+from headway.worker.extras import HAS_EXTRAS, Int32Array, Kind, SlotExtras, extras_of, kind_of
 
 if TYPE_CHECKING:
     from headway.messages import SamplingParams, SlotStart, StepPlan
@@ -120,7 +120,7 @@ class Batch:
         self.num_blocks[slot] = len(start.block_ids)
         kind = kind_of(start)
         self.kind[slot] = kind
-        if kind & ~Kind.GREEDY:
+        if kind & HAS_EXTRAS:
             self.extras[slot] = extras_of(start, self.vocab_size)
         if start.sampling is not None:
             self._start_sampling(start, start.sampling)

@@ -20,19 +20,24 @@ TokenIds = NDArray[np.int64]
 class Kind(IntFlag):
     """How a slot ends a run.
 
-    GREEDY: the most likely token. NEEDS_LOGITS: its logits are adjusted or reported, so the host samples it.
-    POOL: it generates nothing; its prompt becomes one vector. PROMPT_LOGPROBS: rows for its prompt tokens too.
+    GREEDY: the most likely token. FILTERED: drawn after top-k, top-p or min-p. ADJUSTED: its logits are changed first,
+    or reported. PROMPT_LOGPROBS: its prompt tokens are reported. POOL: its prompt becomes one vector, it generates
+    nothing.
     """
 
     GREEDY = 1
-    NEEDS_LOGITS = 2
-    POOL = 4
+    FILTERED = 2
+    ADJUSTED = 4
     PROMPT_LOGPROBS = 8
+    POOL = 16
+
+
+HAS_EXTRAS = Kind.ADJUSTED | Kind.PROMPT_LOGPROBS | Kind.POOL
 
 
 @dataclass(slots=True, kw_only=True)
 class SlotExtras:
-    """Every slot of a kind other than GREEDY alone or 0 has one.
+    """Every slot whose kind is in HAS_EXTRAS has one.
 
     bias_ids, bias: logit bias. stop_ids: masked until min_tokens are generated. logprobs, prompt_logprobs: how many
     candidates to report, None for no report.
@@ -55,8 +60,10 @@ def kind_of(start: SlotStart) -> Kind:
     kind = Kind(0)
     if params.greedy:
         kind |= Kind.GREEDY
-    if _needs_logits(start, params):
-        kind |= Kind.NEEDS_LOGITS
+    elif params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+        kind |= Kind.FILTERED
+    if _is_adjusted(start, params):
+        kind |= Kind.ADJUSTED
     if params.prompt_logprobs is not None:
         kind |= Kind.PROMPT_LOGPROBS
     return kind
@@ -78,7 +85,7 @@ def extras_of(start: SlotStart, vocab_size: int) -> SlotExtras:
     )
 
 
-def _needs_logits(start: SlotStart, params: SamplingParams) -> bool:
+def _is_adjusted(start: SlotStart, params: SamplingParams) -> bool:
     return (
         bool(params.logit_bias or start.bad_words_ids)
         or (params.min_tokens > 0 and bool(start.stop_token_ids))

@@ -1,21 +1,35 @@
-"""The seam where one native call takes over a step's forward pass, its logits and the sampling of simple rows."""
+"""The seam where one native call takes over a step: forward pass, logits and the choice of simple rows' tokens."""
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Protocol
 
 from headway.worker.batch import Batch
 from headway.worker.extras import Float32Array, Int32Array
 
 
+class Want(IntEnum):
+    """What becomes of a row that ends in this step."""
+
+    ARGMAX = 0
+    SAMPLE = 1  # from softmax(logits / temperature), as the sampler documents
+    LOGITS = 2  # left to the host
+
+
 class Program(Protocol):
     """A decoder compiled for one KV cache."""
 
-    def run(self, batch: Batch, run_slots: Int32Array, run_tokens: Int32Array, sample_rows: Int32Array) -> Float32Array:
-        """Computes the runs' tokens (keys and values of the batch's blocks are written) and samples ``sample_rows``.
+    def run(
+        self, batch: Batch, run_slots: Int32Array, run_tokens: Int32Array, rows: Int32Array, want: Int32Array
+    ) -> Int32Array:
+        """Computes the runs' tokens; keys and values go to the batch's blocks, the batch is left as it is.
 
-        A simple row's token (its kind lacks NEEDS_LOGITS) is written to tokens[slot, length], drawn as the sampler
-        documents; the batch is left as it is otherwise. run_slots, run_tokens: int32 [R]; sample_rows index into them.
-        Returns the logits of the other sample rows, in order: float32 [rows, V], valid until the next run.
+        run_slots, run_tokens: [R]. rows: indices of the runs that sample; want: ``Want`` of each. Returns the token
+        of each row (meaningless for LOGITS), valid until the next run.
         """
+        ...
+
+    def logits(self, row: int) -> Float32Array:
+        """[V] of a row that wanted LOGITS, valid until the next run."""
         ...

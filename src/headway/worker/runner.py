@@ -14,6 +14,7 @@ from headway.worker.batch import Batch, Runs
 from headway.worker.extras import Float32Array, Int32Array, Kind
 from headway.worker.inputs import InputBuffers, prompt_inputs
 from headway.worker.logprobs import row_logprobs
+from headway.worker.program import Program, Want
 from headway.worker.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from headway.models.port import CausalModel, EncoderModel
     from headway.ops.port import KVCache
-    from headway.worker.program import Program
 
 Masks = Callable[[int], dict[int, bytes]]
 
@@ -58,15 +58,17 @@ class DecoderRunner:
         return bool((self._batch.kind[runs.slots] & (Kind.POOL | Kind.PROMPT_LOGPROBS)).any())
 
     def _run_program(self, program: Program, step: _Step, masks: Masks) -> None:
-        runs = step.runs
+        batch, runs = self._batch, step.runs
+        slots = runs.slots[runs.sample_rows]
+        want = _wants(batch.kind[slots])
         step.lap("prepare")
-        logits_RV = program.run(self._batch, runs.slots, runs.tokens, runs.sample_rows)
+        batch.tokens[slots, batch.length[slots]] = program.run(batch, runs.slots, runs.tokens, runs.sample_rows, want)
         step.lap("model")
-        if len(logits_RV):
-            slots = runs.slots[runs.sample_rows]
-            slots = slots[(self._batch.kind[slots] & Kind.NEEDS_LOGITS) != 0]
-            step.result.logprobs = self._sampler.sample(logits_RV, self._batch, slots, step.wait_for(masks))
-            step.lap("sample")
+        masks_by_slot = step.wait_for(masks)
+        for row in np.flatnonzero(want == Want.LOGITS).tolist():
+            logits_1V = program.logits(row)[np.newaxis]
+            step.result.logprobs |= self._sampler.sample(logits_1V, batch, slots[row : row + 1], masks_by_slot)
+        step.lap("sample")
 
     def _run_operations(self, step: _Step, masks: Masks) -> None:
         token_ids, meta = self._inputs.build(self._batch, step.runs)
@@ -113,6 +115,11 @@ class DecoderRunner:
             logits_RV = self._model.logits(hidden_TK[torch.from_numpy(tokens_R[rows])]).numpy()
             step.lap("model")
             yield rows, logits_RV
+
+
+def _wants(kinds: Int32Array) -> Int32Array:
+    simple = np.where(kinds & Kind.GREEDY, np.int32(Want.ARGMAX), np.int32(Want.SAMPLE))
+    return np.where(kinds & (Kind.FILTERED | Kind.ADJUSTED), np.int32(Want.LOGITS), simple)
 
 
 class EncoderRunner:

@@ -59,7 +59,7 @@ class Sampler:
 
     def _sample_row(self, logits_V: Float32Array, batch: Batch, slot: int, u: float, mask: bytes | None) -> int:
         kind = int(batch.kind[slot])
-        if kind & Kind.NEEDS_LOGITS or mask is not None:
+        if kind & Kind.ADJUSTED or mask is not None:
             np.copyto(self._logits_V, logits_V)
             logits_V = self._logits_V
             adjust_logits(logits_V, batch, slot, mask)

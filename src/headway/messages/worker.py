@@ -1,0 +1,19 @@
+"""What a worker says of itself once it is ready."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class WorkerInfo(msgspec.Struct, kw_only=True):
+    """What start() reports. startup_s: seconds by phase (import, load, pack, warm-up)."""
+
+    executor: str
+    num_blocks: int
+    block_size: int
+    threads: int
+    kernels: str
+    program: bool
+    weights_bytes: int
+    kv_bytes: int
+    startup_s: dict[str, float]

@@ -1,0 +1,130 @@
+"""One rank of an engine: loads its share of the model and executes step plans."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+
+from headway.messages import PoolingParams, SamplingParams, SlotStart, StepPlan, StepResult, WorkerInfo
+from headway.models.decoder import Decoder
+from headway.models.encoder import Encoder
+from headway.models.registry import load_model
+from headway.models.spec import Shard
+from headway.ops import get_ops
+from headway.worker.batch import Batch
+from headway.worker.runner import DecoderRunner, EncoderRunner, Masks, Runner
+
+if TYPE_CHECKING:
+    from headway.config.settings import EngineConfig
+    from headway.models.port import CausalModel, EncoderModel
+    from headway.ops.port import KVCache, Ops
+    from headway.worker.program import Program
+
+
+class Worker:
+    """Used by one thread: ``load`` once, then ``step`` in the order of the plans. An exception in a step ends it."""
+
+    def __init__(self, config: EngineConfig, rank: int = 0) -> None:
+        self._config, self._rank = config, rank
+        self._runner: Runner | None = None
+
+    def load(self) -> WorkerInfo:
+        """Loads and packs the weights, reserves the KV cache, runs one token. Raises what load_model raises."""
+        config = self._config
+        torch.set_num_threads(config.device.threads)
+        began = time.perf_counter()
+        ops = get_ops(config.device.ops, threads=config.device.threads)
+        model = load_model(config.model, ops, self._shard())
+        loaded = time.perf_counter()
+        kv: KVCache | None = None
+        program: Program | None = None
+        if isinstance(model, Encoder):
+            self._runner = EncoderRunner(model, self._batch(vocab_size=0))
+        else:
+            model = cast("CausalModel", model)
+            kv = model.allocate_kv(config.cache.num_blocks, config.cache.block_size)
+            program = self._compile(model, ops, kv)
+            batch = self._batch(model.vocab_size)
+            self._runner = DecoderRunner(model, kv, batch, config.scheduler.max_num_batched_tokens, program)
+        prepared = time.perf_counter()
+        self._warm_up()
+        phases = {"load": loaded - began, "prepare": prepared - loaded, "warm-up": time.perf_counter() - prepared}
+        return self._info(model, ops, kv, program, phases)
+
+    def step(self, plan: StepPlan, masks: Masks) -> StepResult:
+        """Executes one plan; masks(step) is called after the forward pass where the plan has masked slots.
+
+        times_ns: "prepare" (the batch and inputs), "model" (forward pass, logits), "sample" (tokens, pooling, reports).
+        """
+        assert self._runner is not None, "load() comes first"
+        with torch.inference_mode():
+            return self._runner.step(plan, masks)
+
+    def close(self) -> None:
+        """Lets go of the model and the cache."""
+        self._runner = None
+
+    def _shard(self) -> Shard:
+        parallel = self._config.parallel
+        pipeline_rank, tensor_rank = divmod(self._rank, parallel.tensor_parallel_size)
+        return Shard(
+            tensor_rank=tensor_rank,
+            tensor_size=parallel.tensor_parallel_size,
+            pipeline_rank=pipeline_rank,
+            pipeline_size=parallel.pipeline_parallel_size,
+        )
+
+    def _batch(self, vocab_size: int) -> Batch:
+        config = self._config
+        return Batch(config.scheduler.max_num_seqs, config.model.max_model_len, config.cache.block_size, vocab_size)
+
+    def _compile(self, model: CausalModel, ops: Ops, kv: KVCache) -> Program | None:
+        """The model's step as one native call, where the kernels and the architecture have one."""
+        builder = None if self._config.device.enforce_eager else ops.program_builder()
+        if builder is None or not isinstance(model, Decoder) or model.head is None:
+            return None
+        from headway.models.compile import compile_decoder
+
+        scheduler = self._config.scheduler
+        return compile_decoder(
+            model, builder, kv, max_tokens=scheduler.max_num_batched_tokens, max_runs=scheduler.max_num_seqs
+        )
+
+    def _warm_up(self) -> None:
+        """One token through everything, its keys and values in the padding block."""
+        generates = self._config.model.runner == "generate"
+        start = SlotStart(
+            slot=0,
+            token_ids=np.zeros(1, np.int32).tobytes(),
+            prompt_len=1,
+            num_computed=0,
+            block_ids=[0],
+            sampling=SamplingParams(temperature=0) if generates else None,
+            pooling=None if generates else PoolingParams(),
+        )
+        self.step(StepPlan(step=0, starts=[start], runs=np.array([0, 1], np.int32).tobytes()), lambda step: {})
+        self.step(StepPlan(step=0, releases=[0], runs=b""), lambda step: {})
+
+    def _info(
+        self,
+        model: CausalModel | EncoderModel,
+        ops: Ops,
+        kv: KVCache | None,
+        program: Program | None,
+        startup_s: dict[str, float],
+    ) -> WorkerInfo:
+        config = self._config
+        return WorkerInfo(
+            executor=config.parallel.executor,
+            num_blocks=config.cache.num_blocks,
+            block_size=config.cache.block_size,
+            threads=config.device.threads,
+            kernels=ops.name,
+            program=program is not None,
+            weights_bytes=model.weights_bytes,
+            kv_bytes=kv.nbytes if kv is not None else 0,
+            startup_s=startup_s,
+        )
