@@ -257,7 +257,9 @@ def _max_num_seqs(choices: _Choices) -> int:
         return choices.pick(
             "max_num_seqs", choices.args.max_num_seqs, tokens, "one token each of max_num_batched_tokens"
         )
-    return choices.pick("max_num_seqs", choices.args.max_num_seqs, MAX_NUM_SEQS, "larger batches gain little on a CPU")
+    return choices.pick(
+        "max_num_seqs", choices.args.max_num_seqs, MAX_NUM_SEQS, "the kernels are near their peak at that many rows"
+    )
 
 
 def _cache(
@@ -301,7 +303,9 @@ def _model(choices: _Choices, facts: ModelFacts, dtype: Dtype, max_model_len: in
         max_model_len=max_model_len,
         quantization=args.quantization,
         load_format=choices.pick("load_format", args.load_format, "auto", "by the files' names"),
-        runner=choices.pick("runner", args.runner, runner, f"{facts.architecture} is a {facts.kind}"),
-        trust_remote_code=choices.pick("trust_remote_code", args.trust_remote_code, False, "safe"),
+        runner=choices.pick("runner", args.runner, runner, f"{facts.kind}: {facts.architecture}"),
+        trust_remote_code=choices.pick(
+            "trust_remote_code", args.trust_remote_code, False, "code of a checkpoint runs only when asked for"
+        ),
         seed=choices.pick("seed", args.seed, 0, "runs repeat exactly"),
     )

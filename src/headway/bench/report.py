@@ -1,0 +1,60 @@
+"""What every measurement says of itself, and where it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from headway.errors import ConfigError
+
+PACKAGES = ("headway", "torch", "numpy", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has held, in 10^6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def process_age_s() -> float | None:
+    """Seconds since this process started, to the kernel's tick (10 ms); None where /proc does not say."""
+    try:
+        stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return None
+    return uptime - int(stat[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def check_file(path: str | None) -> None:
+    """Fails before the measurement rather than after it."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise ConfigError("json", path, "its directory does not exist")
+
+
+def publish(report: dict[str, Any], path: str | None) -> None:
+    """Prints one line of JSON; writes it to a file too where one is named."""
+    print(json.dumps(report), flush=True)
+    if path is not None:
+        Path(path).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def percentiles(values: list[float], points: tuple[int, ...] = (50, 90, 99)) -> dict[str, float]:
+    """Nearest-rank percentiles, which are values that were measured."""
+    ordered = sorted(values)
+    return {f"p{p}": round(ordered[max(0, -(-len(ordered) * p // 100) - 1)], 3) for p in points}
+
+
+def median(values: list[float]) -> float:
+    """The upper one of an even number: also a value that was measured."""
+    return sorted(values)[len(values) // 2]

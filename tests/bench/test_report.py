@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from headway.bench.report import check_file, median, peak_rss_mb, percentiles, process_age_s, publish
+from headway.bench.workload import random_prompts
+from headway.errors import ConfigError
+
+
+def test_prompts_are_those_every_engine_gets() -> None:
+    rng = random.Random(5)
+    expected = [[rng.randrange(100, 40000) for _ in range(3)] for _ in range(2)]
+    assert random_prompts(input_len=3, num_prompts=2, seed=5) == expected
+    assert random_prompts(input_len=3, num_prompts=2, seed=6) != expected
+
+
+def test_percentiles_are_measured_values() -> None:
+    assert percentiles([float(i) for i in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert percentiles([7.0]) == {"p50": 7.0, "p90": 7.0, "p99": 7.0}
+    assert median([3.0, 1.0, 2.0]) == 2.0
+    assert median([1.0, 2.0]) == 2.0
+
+
+def test_a_report_is_one_line_and_a_file(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "report.json"
+    publish({"rows": 1}, str(path))
+    assert json.loads(capsys.readouterr().out) == json.loads(path.read_text()) == {"rows": 1}
+
+
+def test_a_report_without_a_place_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="json="):
+        check_file(str(tmp_path / "missing" / "report.json"))
+
+
+def test_the_process_knows_its_age_and_its_peak_memory() -> None:
+    first = process_age_s()
+    assert first is not None
+    time.sleep(0.05)
+    assert 0.02 < (process_age_s() or 0) - first < 5
+    assert 5 < peak_rss_mb() < 100_000
