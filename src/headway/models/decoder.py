@@ -48,6 +48,7 @@ class Decoder:
         self.vocab_size, self.num_labels = spec.vocab_size, spec.num_labels
         self.num_heads = spec.num_heads // shard.tensor_size
         self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
+        self.scale = spec.head_dim**-0.5
         self.layers = weights.layers
         self.embed, self.positions, self.project_in = weights.embed, weights.positions, weights.project_in
         self.project_out, self.final_norm = weights.project_out, weights.final_norm
@@ -136,8 +137,8 @@ class Decoder:
         if self.cos_sin is not None:
             self.ops.rotary_(q_THD, k_TGD, meta.positions, self.cos_sin)
         self.ops.write_kv(kv, index, k_TGD, v_TGD, meta.slot_mapping)
-        scale, window = dim**-0.5, self.spec.sliding_window
-        return self.ops.attention(kv, index, q_THD, meta, scale=scale, window=window).flatten(1)
+        window = self.spec.sliding_window
+        return self.ops.attention(kv, index, q_THD, meta, scale=self.scale, window=window).flatten(1)
 
     def _mlp(self, layer: DecoderLayer, h_TK: Tensor) -> Tensor:
         """[T, intermediate], before the output projection."""

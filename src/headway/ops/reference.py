@@ -117,10 +117,9 @@ class ReferenceOps:
     def rotary_(self, q_THD: Tensor, k_TGD: Tensor, positions_T: Tensor, cos_sin_PD: Tensor) -> None:
         cos, sin = cos_sin_PD[positions_T].unsqueeze(1).chunk(2, dim=-1)
         for x in (q_THD, k_TGD):
-            low, high = (half.float() for half in x[..., : cos_sin_PD.shape[1]].chunk(2, dim=-1))
-            half = cos.shape[-1]
-            x[..., :half] = low * cos - high * sin
-            x[..., half : 2 * half] = high * cos + low * sin
+            rotated = x[..., : cos_sin_PD.shape[1]]
+            low, high = rotated.float().chunk(2, dim=-1)
+            rotated.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
 
     def write_kv(self, kv: KVCache, layer: int, k_TGD: Tensor, v_TGD: Tensor, slot_mapping_T: Tensor) -> None:
         cache = cast(ReferenceKV, kv)
