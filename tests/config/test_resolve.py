@@ -67,9 +67,14 @@ def test_one_rank_runs_in_process_and_says_why() -> None:
     assert settled(distributed_executor_backend="auto") == config
 
 
-@pytest.mark.parametrize("executor", ["mp", "ray", "external_launcher", "package.module.Executor"])
+@pytest.mark.parametrize("executor", ["mp", "ray", "external_launcher"])
 def test_an_executor_that_is_not_there_names_those_that_are(executor: str) -> None:
-    assert refused(distributed_executor_backend=executor).accepted == "this version has: auto, uni"
+    accepted = refused(distributed_executor_backend=executor).accepted
+    assert accepted == "this version has auto, uni, fake, or an import path module:Class"
+
+
+def test_an_executor_of_the_users_own_is_an_import_path() -> None:
+    assert settled(distributed_executor_backend="package.module:Mine").parallel.executor == "package.module:Mine"
 
 
 def test_more_than_one_rank_is_refused_by_name() -> None:

@@ -21,7 +21,7 @@ from headway.errors import ConfigError
 
 T = TypeVar("T")
 
-EXECUTORS = ("uni",)
+EXECUTORS = ("uni", "fake")
 BLOCK_SIZE = 16
 MAX_NUM_SEQS = 256
 STEP_TOKENS = 1024
@@ -107,8 +107,9 @@ def _parallel(choices: _Choices, facts: ModelFacts) -> ParallelConfig:
             raise ConfigError(name, size, "must be 1: this version runs one rank, in process")
         choices.note(name, size, "one rank")
     asked = args.distributed_executor_backend
-    if asked not in (None, "auto", *EXECUTORS):
-        raise ConfigError("distributed_executor_backend", asked, f"this version has: auto, {', '.join(EXECUTORS)}")
+    if asked not in (None, "auto", *EXECUTORS) and ":" not in asked:
+        accepted = f"this version has auto, {', '.join(EXECUTORS)}, or an import path module:Class"
+        raise ConfigError("distributed_executor_backend", asked, accepted)
     asked = None if asked == "auto" else asked
     reason = "one rank (tensor_parallel_size * pipeline_parallel_size = 1) needs no other process"
     executor = choices.pick("distributed_executor_backend", asked, "uni", reason)
