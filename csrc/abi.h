@@ -13,9 +13,9 @@ enum Act : int32_t { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU = 2, ACT_GELU_TANH = 3
 // instructions. Gated weights put 16 columns of gate beside the 16 of up that they multiply.
 struct Linear {
   const void* words;
-  const float* bias;     // [panels * 32], or null
-  const float* scale;    // int8: [panels * 32] one per column
-  const float* col_sum;  // int8: [panels * 32] scale * sum over k of the quantised column
+  const float* bias;      // [panels * 32], or null
+  const float* scale;     // int8: [panels * 32] one per column
+  const int32_t* offset;  // int8: [panels * 32] -128 * the sum over k of the quantised column
   int64_t n, k;          // as the model sees them
   int64_t panels, groups;
   int32_t dtype, gated;

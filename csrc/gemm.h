@@ -28,7 +28,7 @@ INLINE void dot_tile(v16 (&acc)[M][2], const uint32_t* a, int64_t lda, const uin
 }
 
 // Splits rows into as few tiles as fit the registers, evened out, and calls f<M>(first row).
-template <class F, int M = ROWS>
+template <class F, int M>
 INLINE void call_tile(int m, int64_t row, F& f) {
   if constexpr (M == 1) {
     f.template run<1>(row);
@@ -37,12 +37,12 @@ INLINE void call_tile(int m, int64_t row, F& f) {
     else call_tile<F, M - 1>(m, row, f);
   }
 }
-template <class F>
+template <int M = ROWS, class F>
 INLINE void for_tiles(int64_t rows, F f) {
-  int64_t tiles = (rows + ROWS - 1) / ROWS;
+  int64_t tiles = (rows + M - 1) / M;
   for (int64_t t = 0, row = 0; t < tiles; t++) {
     int m = (int)((rows - row) / (tiles - t));
-    call_tile<F>(m, row, f);
+    call_tile<F, M>(m, row, f);
     row += m;
   }
 }
@@ -65,6 +65,8 @@ struct PanelTile {
   }
 };
 
+#include "int8.h"
+
 // out(row, panel, columns 0-15, columns 16-31) for every row of a and panel of the weight.
 template <class D, class Epilogue>
 void gemm(Team& team, const void* a, int64_t stride, int64_t rows, const Linear& w, Epilogue out) {
@@ -73,13 +75,23 @@ void gemm(Team& team, const void* a, int64_t stride, int64_t rows, const Linear&
   const int64_t per_block = (rows + blocks - 1) / (blocks ? blocks : 1);
   const int64_t grain = w.panels > 8 * team.threads ? (w.panels + 8 * team.threads - 1) / (8 * team.threads) : 1;
   const int64_t chunks = (w.panels + grain - 1) / grain;
+  static thread_local ByteRows bytes;
+  int64_t quantised = -1;
   team.each(blocks * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; item++) {
       int64_t row0 = item / chunks * per_block, m = rows - row0 < per_block ? rows - row0 : per_block;
+      if (w.dtype == INT8 && quantised != row0) {  // each thread for itself: cheaper than waiting for one to do it
+        bytes.quantise<D>((const typename D::Element*)a + row0 * stride, stride, m, w.k, w.groups);
+        quantised = row0;
+      }
       int64_t p0 = item % chunks * grain, p1 = p0 + grain < w.panels ? p0 + grain : w.panels;
       for (int64_t p = p0; p < p1; p++) {
-        v16 b0 = w.bias ? load(w.bias + p * 32) : splat(0.f), b1 = w.bias ? load(w.bias + p * 32 + 16) : splat(0.f);
         const uint32_t* words = (const uint32_t*)w.words + p * w.groups * 32;
+        if (w.dtype == INT8) {
+          for_tiles<ROWS8>(m, BytePanelTile<Epilogue>{bytes, words, w, p, row0, out});
+          continue;
+        }
+        v16 b0 = w.bias ? load(w.bias + p * 32) : splat(0.f), b1 = w.bias ? load(w.bias + p * 32 + 16) : splat(0.f);
         for_tiles(m, PanelTile<D, Epilogue>{(const uint32_t*)a + row0 * lda, lda, words, w.groups, p, row0, out, b0, b1});
       }
     }

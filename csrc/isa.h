@@ -17,7 +17,6 @@ namespace ISA {
 #include "simd.h"
 
 #include "gemm.h"
-#include "int8.h"
 #include "rows.h"
 #include "attention.h"
 #include "step.h"

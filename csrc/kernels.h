@@ -13,6 +13,6 @@ struct Kernels {
   void (*write_kv)(const KvLayout*, int64_t, const void*, const void*, int64_t, int64_t, const int32_t*, int64_t);
   void (*attention)(const KvLayout*, int64_t, const Runs*, int64_t, const void*, int64_t, void*, int64_t, float, int64_t,
                     int32_t);
-  void (*pack)(Linear*, const void*, int32_t, int64_t, float*, float*, int32_t);
+  void (*pack)(Linear*, const void*, int32_t, int64_t, float*, int32_t*, int32_t);
 };
 }  // namespace headway

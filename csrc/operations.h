@@ -72,8 +72,8 @@ INLINE int64_t source_row(const Linear& w, int64_t panel, int64_t c) {
   return i >= half ? -1 : c < 16 ? i : half + i;
 }
 
-// source: [n, k], row stride in elements. scale is written for int8.
-static void pack(Linear* w, const void* source, int32_t source_dtype, int64_t stride, float* scale, float* col_sum,
+// source: [n, k], row stride in elements. scale and offset are written for int8.
+static void pack(Linear* w, const void* source, int32_t source_dtype, int64_t stride, float* scale, int32_t* offset,
                  int32_t threads) {
   const int64_t size = source_dtype == F32 ? 4 : 2;
   region(threads, 1, [&](Team team) {
@@ -92,7 +92,7 @@ static void pack(Linear* w, const void* source, int32_t source_dtype, int64_t st
             for (int64_t g = 0; g < w->groups; g++)
               words[g * 32] = float_to_bf16(row[2 * g]) | (uint32_t)float_to_bf16(row[2 * g + 1]) << 16;
           } else {
-            pack_int8_column(row.data(), w->groups, words, scale + p * 32 + c, col_sum + p * 32 + c);
+            pack_int8_column(row.data(), w->groups, words, scale + p * 32 + c, offset + p * 32 + c);
           }
         }
       }

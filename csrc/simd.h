@@ -8,6 +8,9 @@ typedef uint32_t v16u_any __attribute__((vector_size(64), aligned(4), may_alias)
 typedef uint16_t v16h __attribute__((vector_size(32)));
 typedef uint16_t v16h_any __attribute__((vector_size(32), aligned(2), may_alias));
 
+typedef uint8_t v16b __attribute__((vector_size(16)));
+typedef uint8_t v16b_any __attribute__((vector_size(16), aligned(1), may_alias));
+
 #define INLINE inline __attribute__((always_inline))
 
 INLINE v16 splat(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
@@ -58,16 +61,21 @@ INLINE uint16_t float_to_bf16(float f) {
   return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+// To the nearest integer, ties to even where the machine does; |x| below 2^31.
+INLINE v16 round_even(v16 x) {
+#ifdef __AVX512F__
+  return (v16)_mm512_roundscale_ps((__m512)x, 0);
+#else
+  return __builtin_convertvector(__builtin_convertvector(x + (x > 0.f ? splat(0.5f) : splat(-0.5f)), v16i), v16);
+#endif
+}
+
 // e^x, relative error below 2e-7. Below -87 it is 0.
 INLINE v16 vexp(v16 x) {
   x = vmax(x, splat(-87.3f));
   x = vmin(x, splat(88.3f));
   v16 t = x * 1.44269504088896341f;
-#ifdef __AVX512F__
-  v16 n = (v16)_mm512_roundscale_ps((__m512)t, 0);
-#else
-  v16 n = __builtin_convertvector(__builtin_convertvector(t + (t > 0.f ? splat(0.5f) : splat(-0.5f)), v16i), v16);
-#endif
+  v16 n = round_even(t);
   v16 f = x - n * 0.693359375f;
   f = f + n * 2.12194440e-4f;
   v16 p = splat(1.9875691500e-4f);

@@ -19,7 +19,7 @@ _i32, _i64, _f32, _ptr = C.c_int32, C.c_int64, C.c_float, C.c_void_p
 
 class Linear(C.Structure):
     _fields_ = [
-        ("words", _ptr), ("bias", _ptr), ("scale", _ptr), ("col_sum", _ptr),
+        ("words", _ptr), ("bias", _ptr), ("scale", _ptr), ("offset", _ptr),
         ("n", _i64), ("k", _i64), ("panels", _i64), ("groups", _i64), ("dtype", _i32), ("gated", _i32),
     ]  # fmt: skip
 
