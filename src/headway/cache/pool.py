@@ -58,7 +58,7 @@ class BlockPool:
             self._references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One reference less to each; the only way back. Last blocks first, so that a prefix outlives what follows it."""
+        """One reference less to each; the only way back. Last blocks first: a prefix outlives its tail."""
         for block in reversed(blocks):
             left = self._references[block] - 1
             assert left >= 0, f"block {block} released more often than held"

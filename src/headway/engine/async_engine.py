@@ -1,0 +1,180 @@
+"""The engine for asyncio: one thread runs the loop, any number of event loops wait for outputs.
+
+    caller ── inbox (a queue) ──> headway-engine thread: core.step() ── outputs ──> caller
+                                            one call_soon_threadsafe per event loop and step
+
+The thread sleeps in the inbox while there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+from headway.engine.core import EngineCore
+from headway.errors import EngineDead, RequestError
+from headway.messages import EngineOutput, Request
+from headway.scheduler import EngineStats
+
+_Item = EngineOutput | BaseException
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One caller's end: items are put on the caller's own event loop."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue[_Item])
+
+
+@dataclass(frozen=True, slots=True)
+class _Leave:
+    """A caller stopped listening."""
+
+    stream: _Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    """Someone ends a request by name; whoever listens gets its last output."""
+
+    request_ids: list[str]
+
+
+class AsyncEngine:
+    """Owns the core. Its methods may be called from any thread and any event loop."""
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._inbox: SimpleQueue[_Stream | _Leave | _Abort | None] = SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._dead: BaseException | None = None
+        # Orders a caller's look at _dead and its message: none is left in the inbox once the thread has ended.
+        self._gate = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="headway-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: Request) -> AsyncGenerator[EngineOutput, None]:
+        """Outputs until one has a finish_reason. Closing the iterator early aborts the request.
+
+        Raises RequestError for a bad request, and what ended the engine if it fails.
+        """
+        stream = _Stream(request, asyncio.get_running_loop())
+        self._post(stream)
+        ended = False
+        try:
+            while not ended:
+                item = await stream.items.get()
+                ended = isinstance(item, BaseException) or item.finish_reason is not None
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            if not ended:
+                self._post(_Leave(stream), dead_is_fine=True)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Ends requests; their iterators get a last output with finish_reason "abort"."""
+        self._post(_Abort(request_ids))
+
+    def stats(self) -> EngineStats:
+        return self._core.stats()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Idempotent. Whoever still waits gets EngineDead."""
+        with self._gate:
+            self._inbox.put(None)
+        self._thread.join(timeout)
+        self._core.close(timeout)
+
+    def _post(self, message: _Stream | _Leave | _Abort, *, dead_is_fine: bool = False) -> None:
+        with self._gate:
+            if self._dead is None:
+                self._inbox.put(message)
+            elif not dead_is_fine:
+                raise EngineDead(f"the engine does not run: {self._dead}") from self._dead
+
+    # The engine's thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._read_inbox():
+                if self._core.has_work():
+                    self._deliver(self._core.step())
+            self._end(EngineDead("the engine was closed"))
+        except BaseException as error:
+            self._end(error)
+
+    def _read_inbox(self) -> bool:
+        """Takes in every message, waiting for one if there is nothing else to do; False at the end."""
+        while True:
+            try:
+                message = self._inbox.get(block=not self._core.has_work())
+            except Empty:
+                return True
+            if message is None:
+                return False
+            self._take(message)
+
+    def _take(self, message: _Stream | _Leave | _Abort) -> None:
+        if isinstance(message, _Abort):
+            self._core.abort(message.request_ids)
+        elif isinstance(message, _Leave):
+            self._drop(message.stream)
+        else:
+            self._add(message)
+
+    def _add(self, stream: _Stream) -> None:
+        try:
+            self._core.add(stream.request)
+        except RequestError as error:
+            self._send([(stream, error)])
+        else:
+            self._streams[stream.request.request_id] = stream
+
+    def _drop(self, stream: _Stream) -> None:
+        # The name may belong to a later request by now.
+        if self._streams.get(stream.request.request_id) is stream:
+            del self._streams[stream.request.request_id]
+            self._core.abort([stream.request.request_id])
+
+    def _deliver(self, outputs: list[EngineOutput]) -> None:
+        items: list[tuple[_Stream, _Item]] = []
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                items.append((stream, output))
+                if output.finish_reason is not None:
+                    del self._streams[output.request_id]
+        self._send(items)
+
+    def _send(self, items: list[tuple[_Stream, _Item]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Item]]] = {}
+        for stream, item in items:
+            by_loop.setdefault(stream.loop, []).append((stream, item))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put, batch)
+            except RuntimeError:  # that event loop is closed: its callers are gone
+                for stream, _ in batch:
+                    self._drop(stream)
+
+    def _end(self, error: BaseException) -> None:
+        """Tells everybody who waits or has just asked."""
+        with self._gate:
+            self._dead = error
+            while not self._inbox.empty():
+                message = self._inbox.get()
+                if isinstance(message, _Stream):
+                    self._streams.setdefault(message.request.request_id, message)
+        streams, self._streams = self._streams, {}
+        self._send([(stream, error) for stream in streams.values()])
+
+
+def _put(batch: list[tuple[_Stream, _Item]]) -> None:
+    for stream, item in batch:
+        stream.items.put_nowait(item)

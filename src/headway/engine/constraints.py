@@ -1,0 +1,46 @@
+"""Structured output: one matcher per request, and the masks that steps in flight wait for."""
+
+from __future__ import annotations
+
+from headway.engine.grammar import GrammarBackend, Matcher
+from headway.errors import RequestError
+from headway.messages import Request, StepPlan
+
+
+class Constraints:
+    """A masked step is planned before the tokens its masks depend on are known.
+
+    So ``hold`` notes which matchers a plan's masked slots belong to, and ``masks`` asks them later. A request that has
+    ended by then gets a mask of ones: the step's sampling waits for every masked slot.
+    """
+
+    def __init__(self, backend: GrammarBackend | None) -> None:
+        self._backend = backend
+        self._matchers: dict[str, Matcher] = {}
+        self._ones = b""
+
+    def add(self, request: Request) -> None:
+        """Compiles the request's constraint, if it has one. RequestError if that cannot be done."""
+        structured = request.sampling.structured if request.sampling is not None else None
+        if structured is None:
+            return
+        if self._backend is None:
+            raise RequestError("structured", structured, "needs a grammar library: install headway[grammar]")
+        matcher = self._backend.compile(structured)
+        if not self._ones:
+            self._ones = b"\xff" * len(matcher.mask())
+        self._matchers[request.request_id] = matcher
+
+    def accept(self, request_id: str, token_id: int) -> bool:
+        return self._matchers[request_id].accept(token_id)
+
+    def forget(self, request_id: str) -> None:
+        self._matchers.pop(request_id, None)
+
+    def hold(self, plan: StepPlan, request_ids: list[str]) -> list[tuple[int, str, Matcher]]:
+        """The matchers of a plan's masked slots, whose requests these are."""
+        return [(slot, name, self._matchers[name]) for slot, name in zip(plan.masked_slots, request_ids)]
+
+    def masks(self, held: list[tuple[int, str, Matcher]]) -> dict[int, bytes]:
+        """Call once all tokens of earlier steps are accepted."""
+        return {slot: m.mask() if self._matchers.get(name) is m else self._ones for slot, name, m in held}

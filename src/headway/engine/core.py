@@ -1,0 +1,139 @@
+"""The engine's loop: plan, submit, wait, update.
+
+depth 0                                           depth 1 (async scheduling)
+
+  host    plan 0 |      wait 0 | update 0 plan 1    host    plan 0 plan 1 |  wait 0 | update 0 plan 2 | wait 1 | ...
+  worker         | step 0 .... |                    worker         | step 0 ....... | step 1 ............... | step 2
+
+At depth 1 the worker always has the next plan at hand when a step ends: it samples from its own last tokens, and the
+host's bookkeeping for step N runs beside step N + 1. Both depths give the same tokens; at depth 1 a request that stops
+at a token costs one more run, whose result is dropped.
+
+Structured output: the masks of step N + 1 depend on the tokens of step N, so they follow their plan (Executor.mask)
+once update N has told the matchers; the forward pass of N + 1 runs meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from headway.config import EngineConfig
+from headway.engine.constraints import Constraints
+from headway.engine.grammar import GrammarBackend, Matcher
+from headway.errors import EngineDead
+from headway.executor import Executor, WorkerInfo
+from headway.messages import EngineOutput, Request, StepPlan, StepResult
+from headway.scheduler import EngineStats, Scheduler
+
+
+@dataclass(slots=True)
+class _InFlight:
+    step: int
+    future: Future[StepResult]
+    masked: list[tuple[int, str, Matcher]]
+
+
+class EngineCore:
+    """One engine, driven by one thread. The executor has been started; close() closes it.
+
+    After a failure of the executor every call but close(), stats() and has_work() raises EngineDead.
+    """
+
+    def __init__(
+        self, config: EngineConfig, executor: Executor, info: WorkerInfo, grammar: GrammarBackend | None = None
+    ) -> None:
+        self.config, self.info = config, info
+        self._executor = executor
+        self._depth = config.scheduler.depth
+        self._constraints = Constraints(grammar)
+        self._scheduler = Scheduler(config, self._constraints.accept)
+        self._in_flight: deque[_InFlight] = deque()
+        self._aborted: list[EngineOutput] = []
+        self._dead: BaseException | None = None
+
+    def add(self, request: Request) -> None:
+        """Raises RequestError, which costs nobody else anything."""
+        self._check_alive()
+        self._scheduler.add(request)
+        try:
+            self._constraints.add(request)
+        except BaseException:
+            self._scheduler.abort(request.request_id)
+            raise
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Ends requests at once; their last output, with finish_reason "abort", comes with the next step().
+
+        Ids of requests that have ended are ignored.
+        """
+        self._check_alive()
+        for request_id in request_ids:
+            output = self._scheduler.abort(request_id)
+            if output is not None:
+                self._constraints.forget(request_id)
+                self._aborted.append(output)
+
+    def has_work(self) -> bool:
+        """Whether step() has anything to do."""
+        return self._dead is None and bool(self._scheduler.has_requests or self._in_flight or self._aborted)
+
+    def step(self) -> list[EngineOutput]:
+        """Plans and submits what fits in the pipeline, waits for the oldest step; outputs that ended or stream.
+
+        An error of the executor is raised here once, and means the end of all requests.
+        """
+        self._check_alive()
+        try:
+            return self._step()
+        except Exception as error:
+            self._dead = error
+            raise
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Idempotent. Steps in flight are let go, their results dropped."""
+        if self._dead is None:
+            self._dead = EngineDead("the engine was closed")
+        self._in_flight.clear()
+        self._executor.close(timeout)
+
+    def _step(self) -> list[EngineOutput]:
+        while len(self._in_flight) <= self._depth:
+            plan = self._scheduler.plan()
+            if plan is None:
+                break
+            self._submit(plan)
+        if not self._in_flight:
+            assert self._aborted or not self._scheduler.has_requests, "requests wait, but nothing can run"
+            outputs, self._aborted = self._aborted, []
+            return outputs
+        result = self._in_flight[0].future.result()  # Ctrl-C here leaves everything as it was
+        self._in_flight.popleft()
+        outputs, self._aborted = self._aborted, []
+        outputs += self._scheduler.update(result)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._constraints.forget(output.request_id)
+        if self._in_flight:
+            self._send_masks(self._in_flight[0])
+        return outputs
+
+    def _submit(self, plan: StepPlan) -> None:
+        masked = self._constraints.hold(plan, [self._scheduler.request_at(slot) for slot in plan.masked_slots])
+        flight = _InFlight(plan.step, self._executor.submit(plan), masked)
+        self._in_flight.append(flight)
+        if len(self._in_flight) == 1:
+            self._send_masks(flight)  # every token it depends on is known
+
+    def _send_masks(self, flight: _InFlight) -> None:
+        if flight.masked:
+            self._executor.mask(flight.step, self._constraints.masks(flight.masked))
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(f"the engine does not run: {self._dead}") from self._dead

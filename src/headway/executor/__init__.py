@@ -1,0 +1,28 @@
+"""Where the model step runs: one contract (port.py), several implementations, chosen by name."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from headway.config import EngineConfig
+from headway.errors import ConfigError
+from headway.executor.port import Executor, WorkerInfo
+
+__all__ = ["Executor", "WorkerInfo", "make_executor"]
+
+_NAMES = {"uni": "headway.executor.uni:UniExecutor", "fake": "headway.executor.fake:FakeExecutor"}
+
+
+def make_executor(config: EngineConfig) -> Executor:
+    """The executor that ``parallel.executor`` names: "uni", "fake" or an import path "module:Class"."""
+    name = config.parallel.executor
+    module, _, attribute = _NAMES.get(name, name).partition(":")
+    if not attribute:
+        raise ConfigError("executor", name, f"must be one of {', '.join(_NAMES)} or an import path 'module:Class'")
+    try:
+        factory = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if name in _NAMES:
+            raise
+        raise ConfigError("executor", name, f"cannot be imported ({error})") from error
+    return factory(config)

@@ -1,0 +1,453 @@
+"""Continuous batching: requests in, step plans out; step results in, outputs out.
+
+    add ──> waiting ──admit──> prefilling ──prompt planned──> decoding ──limit planned──> awaiting its last token
+               ^                    │                            │                              │
+               └─────── preempt ────┴────────────────────────────┘            stop or limit in a result: finished
+
+Each step runs every decoding slot for one token, then fills the token budget with prompts. A prompt that fits in what
+is left runs whole. At most one prompt a step is cut: the first that does not fit. It leaves half of what is left to
+the prompts behind it that fit there whole, so a long prompt neither stalls decodes nor short prompts, and no step is
+made of slivers. A prompt's blocks are claimed when it enters its slot; decodes claim one block at a time, and when
+there is none the latest request (under "priority": of the lowest priority) goes back to the head of the queue with
+what it has generated, to be prefilled again.
+
+Plans depend only on counts, never on token values, so step N+1 can be planned while N runs. Workers run plans in order:
+a slot and its blocks can be given on at once, and a result for a slot's former occupant is told by the slot's epoch.
+Nothing here reads a clock, iterates a set or hashes an identity: the same commands give the same plans.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from headway.cache import KvCache, extend_digests
+from headway.config import EngineConfig
+from headway.errors import RequestError
+from headway.messages import EngineOutput, Request, SlotStart, StepPlan, StepResult
+from headway.messages.outputs import FinishReason
+from headway.scheduler.checks import check, runs_whole
+from headway.scheduler.queue import WaitingQueue
+from headway.scheduler.slots import Slots, SlotTable
+from headway.scheduler.state import RequestState
+from headway.scheduler.stats import EngineStats
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A piece of a prompt in one step; ``end``: positions computed after it."""
+
+    state: RequestState
+    tokens: int
+    end: int
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What a planned step runs. Rows: decodes, then chunks."""
+
+    step: int
+    slots: Slots
+    epochs: npt.NDArray[np.int64]
+    chunks: list[_Chunk]
+    masked: list[int]
+
+
+class Scheduler:
+    """accept(request id, token): told each token of structured requests; False ends the request with an error."""
+
+    def __init__(self, config: EngineConfig, accept: Callable[[str, int], bool] | None = None) -> None:
+        scheduler, cache, model = config.scheduler, config.cache, config.model
+        num_slots = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        self._config = config
+        self._accept = accept
+        self._budget = scheduler.max_num_batched_tokens
+        self._by_priority = scheduler.policy == "priority"
+        self._whole = runs_whole(config)
+        self._encoder = model.runner == "pooling"
+        self._caching = cache.enable_prefix_caching and not self._encoder
+        self._waiting = WaitingQueue(self._by_priority)
+        self._slots = SlotTable(num_slots, model.max_model_len)
+        self._kv = KvCache(
+            num_blocks=max(cache.num_blocks, 1),
+            block_size=cache.block_size,
+            num_slots=num_slots,
+            max_model_len=model.max_model_len,
+            prefix_caching=self._caching,
+        )
+        self._watermark = self._kv.pool.total // 100
+        self._states: dict[str, RequestState] = {}
+        self._arrivals = 0
+        self._prefilling: list[RequestState] = []
+        self._decodes: Slots = np.empty(0, np.int64)
+        self._stale = False  # some of _decodes no longer decode
+        self._last: Slots = self._decodes
+        self._releases: list[int] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._stats = EngineStats(blocks_total=self._kv.pool.total)
+        self._step = 0
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._states)
+
+    def add(self, request: Request) -> None:
+        """Raises RequestError for a request that can never run; nothing has changed then."""
+        if request.request_id in self._states:
+            raise RequestError("request_id", request.request_id, "is in use by a request that has not finished")
+        prompt = check(request, self._config)
+        state = RequestState(request, self._arrivals, prompt)
+        self._arrivals += 1
+        self._states[request.request_id] = state
+        self._waiting.append(state)
+
+    def abort(self, request_id: str) -> EngineOutput | None:
+        """Ends a request now, whatever is in flight; None if it is not here."""
+        state = self._states.get(request_id)
+        return None if state is None else self._finish(state, "abort")
+
+    def request_at(self, slot: int) -> str:
+        """The id of the request in a slot."""
+        return self._slots.occupant(slot).id
+
+    def stats(self) -> EngineStats:
+        self._stats.running = self._slots.occupied
+        self._stats.waiting = len(self._waiting)
+        self._stats.blocks_used = self._kv.pool.referenced
+        self._stats.steps = self._step
+        return copy(self._stats)
+
+    # Planning ---------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan | None:
+        """What to run next, None if nothing can. Each plan is answered by one ``update``, in order."""
+        blocks = self._grow()
+        decodes = self._current_decodes()
+        starts: list[SlotStart] = []
+        chunks: list[_Chunk] = []
+        if self._prefilling or (self._waiting and self._slots.free):
+            chunks = self._plan_chunks(self._budget - decodes.size, starts)
+        if not decodes.size and not chunks:
+            return None
+        slots = decodes
+        if chunks:
+            slots = np.concatenate((decodes, np.array([chunk.state.slot for chunk in chunks], np.int64)))
+        plan = StepPlan(
+            step=self._step,
+            releases=self._releases,
+            starts=starts,
+            blocks=blocks,
+            runs=self._encode_runs(slots, chunks, changed=bool(starts or self._releases)),
+            masked_slots=self._masked_slots(decodes, chunks),
+        )
+        self._in_flight.append(_InFlight(self._step, slots, self._slots.epoch[slots], chunks, plan.masked_slots))
+        self._releases = []
+        self._last = slots
+        self._step += 1
+        self._advance(decodes, chunks)
+        return plan
+
+    def _current_decodes(self) -> Slots:
+        if self._stale:
+            self._decodes = self._decodes[self._slots.decoding[self._decodes]]
+            self._stale = False
+        return self._decodes
+
+    def _grow(self) -> list[int]:
+        """A block for each decode that is about to enter a new one, preempting until there are enough."""
+        decodes = self._current_decodes()
+        crossing = decodes[self._slots.computed[decodes] >= self._kv.table.capacity[decodes]]
+        if not crossing.size:
+            return []
+        while crossing.size > self._kv.pool.available:
+            self._preempt()
+            crossing = crossing[self._slots.decoding[crossing]]
+        return self._kv.grow(crossing) if crossing.size else []
+
+    def _preempt(self) -> None:
+        """Sends the last in rank back to the queue. Requests that only await their last token are left alone."""
+        victims = [*self._prefilling, *(self._slots.occupant(slot) for slot in self._current_decodes().tolist())]
+        victim = max(victims, key=self._rank)
+        self._vacate(victim)
+        if victim.wants_prompt_logprobs:
+            victim.prompt_logprobs.clear()
+        self._waiting.push_front(victim)
+        self._stats.preemptions += 1
+
+    def _rank(self, state: RequestState) -> tuple[int, int]:
+        return self._waiting.priority(state), state.arrival
+
+    def _plan_chunks(self, room: int, starts: list[SlotStart]) -> list[_Chunk]:
+        """Prompts for the budget that decodes leave, by the rule at the top of this file."""
+        chunks: list[_Chunk] = []
+        cut: RequestState | None = None
+        spare = 0
+        for state in self._candidates():
+            if room <= 0:
+                break
+            hits = self._find_hits(state) if state.slot < 0 else []
+            need = self._remaining(state, hits)
+            if need > room and self._whole:
+                break  # those behind it wait too, or it might wait for ever
+            if need > room and cut is not None:
+                continue
+            if state.slot < 0:
+                start = self._admit(state, hits)
+                if start is None:
+                    break
+                starts.append(start)
+            if need <= room:
+                chunks.append(self._chunk(state, need))
+                room -= need
+            else:
+                cut, spare, room = state, room - room // 2, room // 2
+        if cut is not None:
+            chunks.append(self._chunk(cut, spare + room))
+        return chunks
+
+    def _candidates(self) -> list[RequestState]:
+        candidates = [*self._prefilling, *islice(self._waiting, self._slots.free)]
+        if self._by_priority:
+            candidates.sort(key=self._waiting.priority)
+        return candidates
+
+    def _remaining(self, state: RequestState, hits: list[int]) -> int:
+        if state.slot < 0:
+            return len(state.tokens) - len(hits) * self._kv.block_size
+        return int(self._slots.known[state.slot] - self._slots.computed[state.slot])
+
+    def _chunk(self, state: RequestState, tokens: int) -> _Chunk:
+        return _Chunk(state, tokens, int(self._slots.computed[state.slot]) + tokens)
+
+    def _find_hits(self, state: RequestState) -> list[int]:
+        if not self._caching or not state.may_reuse:
+            return []
+        extend_digests(state.digests, state.tokens, self._kv.block_size, state.request.cache_salt)
+        return self._kv.find(state.digests, len(state.tokens))
+
+    def _admit(self, state: RequestState, hits: list[int]) -> SlotStart | None:
+        """Gives a waiting request a slot and its blocks; None if there are too few blocks now."""
+        slot, size = self._slots.next_free(), len(state.tokens)
+        blocks: list[int] | None = []
+        if not self._encoder:
+            blocks = self._kv.claim(slot, hits, size, self._spare_blocks(state))
+        if blocks is None:
+            return None
+        computed = len(hits) * self._kv.block_size
+        self._waiting.remove(state)
+        self._slots.enter(state, computed)
+        self._prefilling.append(state)
+        state.registered = len(hits)
+        if state.cached_tokens < 0:
+            state.cached_tokens = computed
+            self._stats.prompt_tokens += state.prompt_len
+            self._stats.prefix_hit_tokens += computed
+        return _slot_start(state, computed, blocks)
+
+    def _spare_blocks(self, state: RequestState) -> int:
+        """Blocks to leave when a request enters: its own next one, and room for those that already run."""
+        size = len(state.tokens)
+        own = self._kv.blocks_for(max(min(size + 1, state.max_computed), size)) - self._kv.blocks_for(size)
+        return own + (self._watermark if self._slots.occupied else 0)
+
+    def _encode_runs(self, slots: Slots, chunks: list[_Chunk], *, changed: bool) -> bytes | None:
+        """None when the last plan's slots run again, one token each."""
+        steady = not changed and all(chunk.tokens == 1 for chunk in chunks)
+        if steady and np.array_equal(slots, self._last):
+            return None
+        pairs = np.ones((slots.size, 2), np.int32)
+        pairs[:, 0] = slots
+        pairs[slots.size - len(chunks) :, 1] = [chunk.tokens for chunk in chunks]
+        return pairs.tobytes()
+
+    def _masked_slots(self, decodes: Slots, chunks: list[_Chunk]) -> list[int]:
+        """Structured requests that sample in this step."""
+        if not self._slots.masked.any():
+            return []
+        masked = decodes[self._slots.masked[decodes]].tolist()
+        return masked + [c.state.slot for c in chunks if c.state.masked and c.end == self._slots.known[c.state.slot]]
+
+    def _advance(self, decodes: Slots, chunks: list[_Chunk]) -> None:
+        """Books a planned step: counts move on as if it had run."""
+        slots = self._slots
+        computed = slots.computed[decodes] + 1
+        slots.computed[decodes] = computed
+        at_limit = computed + 1 >= slots.limit[decodes]
+        if at_limit.any():
+            slots.decoding[decodes[at_limit]] = False
+            self._stale = True
+        joining: list[int] = []
+        for chunk in chunks:
+            slot = chunk.state.slot
+            slots.computed[slot] = chunk.end
+            if chunk.end < slots.known[slot]:
+                continue
+            self._prefilling.remove(chunk.state)
+            if chunk.state.request.pooling is None and chunk.end + 1 < slots.limit[slot]:
+                slots.decoding[slot] = True
+                joining.append(slot)
+        if joining:
+            self._decodes = np.concatenate((self._decodes, np.array(joining, np.int64)))
+
+    # Results ----------------------------------------------------------------------------------------------------------
+
+    def update(self, result: StepResult) -> list[EngineOutput]:
+        """Takes in the oldest unanswered plan's result; outputs for requests that ended or stream."""
+        flight = self._in_flight.popleft()
+        tokens = np.frombuffer(result.tokens, np.int32)
+        assert flight.step == result.step, f"result of step {result.step}, expected {flight.step}"
+        assert tokens.size == flight.slots.size, f"{tokens.size} tokens for {flight.slots.size} runs"
+        slots = flight.slots
+        live = self._slots.epoch[slots] == flight.epochs
+        outputs: list[EngineOutput] = []
+        if flight.chunks:
+            first = slots.size - len(flight.chunks)
+            for row, chunk in enumerate(flight.chunks, first):
+                if live[row]:
+                    self._take_chunk(chunk, bool(tokens[row] >= 0), result, outputs)
+            live &= tokens >= 0
+        if not live.all():
+            slots, tokens = slots[live], tokens[live]
+        assert not slots.size or tokens.min() >= 0, "a decode came back without a token"
+        if slots.size:
+            self._take_tokens(slots, tokens, flight, result, outputs)
+        return outputs
+
+    def _take_chunk(self, chunk: _Chunk, sampled: bool, result: StepResult, outputs: list[EngineOutput]) -> None:
+        """A piece of a live request's prompt is computed."""
+        state, slot = chunk.state, chunk.state.slot
+        complete = chunk.end == self._slots.known[slot]
+        assert sampled == (complete and state.request.pooling is None), f"{state.id}: sampled={sampled} at {chunk.end}"
+        if self._caching:
+            self._register(state, chunk.end)
+        if state.wants_prompt_logprobs:
+            state.prompt_logprobs.extend(result.prompt_logprobs[slot])
+        if not complete:
+            return
+        state.prefilled = True
+        if state.request.pooling is not None:
+            outputs.append(self._finish(state, "stop", pooled=result.pooled[slot]))
+
+    def _take_tokens(
+        self,
+        slots: Slots,
+        tokens: npt.NDArray[np.int32],
+        flight: _InFlight,
+        result: StepResult,
+        outputs: list[EngineOutput],
+    ) -> None:
+        """A new token for each of these slots, all live."""
+        ended = self._slots.append(slots, tokens)
+        self._stats.generated_tokens += slots.size
+        if result.logprobs:
+            for slot in slots.tolist():
+                if slot in result.logprobs:
+                    self._slots.occupant(slot).logprobs.append(result.logprobs[slot])
+        refused = self._refused(slots[~ended], tokens[~ended], flight.masked) if flight.masked else ()
+        report = ended | self._slots.stream[slots]
+        if refused:
+            report |= np.isin(slots, refused)
+        for row in np.flatnonzero(report).tolist():
+            slot, token = int(slots[row]), int(tokens[row])
+            state = self._slots.occupant(slot)
+            if slot in refused:
+                outputs.append(self._finish(state, "error", error=f"token {token} does not fit the constraint"))
+            elif not ended[row]:
+                outputs.append(self._output(state))
+            elif self._slots.stops_at(slot, token):
+                outputs.append(self._finish(state, "stop", stop_reason=state.named_stop(token)))
+            else:
+                outputs.append(self._finish(state, "length"))
+
+    def _refused(self, slots: Slots, tokens: npt.NDArray[np.int32], masked: list[int]) -> list[int]:
+        """Tells ``accept`` the new tokens of structured requests; slots whose constraint forbids theirs."""
+        assert self._accept is not None, "a structured request needs accept"
+        new = dict(zip(slots.tolist(), tokens.tolist()))
+        return [s for s in masked if s in new and not self._accept(self._slots.occupant(s).id, new[s])]
+
+    # One request ------------------------------------------------------------------------------------------------------
+
+    def _register(self, state: RequestState, computed: int) -> None:
+        """Makes the request's full blocks findable, up to ``computed`` positions."""
+        tokens = self._slots.tokens[state.slot, :computed]
+        extend_digests(state.digests, tokens, self._kv.block_size, state.request.cache_salt)
+        full = computed // self._kv.block_size
+        self._kv.register(state.slot, state.digests, state.registered, full)
+        state.registered = max(state.registered, full)
+
+    def _vacate(self, state: RequestState) -> None:
+        """The only way out of a slot: frees it and its blocks, whatever is in flight."""
+        slot = state.slot
+        if self._caching and state.prefilled:
+            # Decoded blocks become findable here, once, and not step by step. The last token's position may not be
+            # computed yet.
+            self._register(state, int(self._slots.known[slot]) - 1)
+        if state in self._prefilling:
+            self._prefilling.remove(state)
+        if not self._encoder:
+            self._kv.release(slot)
+        self._slots.leave(state)
+        self._releases.append(slot)
+        self._stale = True
+        state.prefilled = False
+        state.registered = 0
+
+    def _finish(
+        self,
+        state: RequestState,
+        reason: FinishReason,
+        *,
+        stop_reason: int | None = None,
+        pooled: bytes | None = None,
+        error: str | None = None,
+    ) -> EngineOutput:
+        """The request's last output; it is gone afterwards."""
+        output = self._output(state)
+        output.finish_reason = reason
+        output.stop_reason = stop_reason
+        output.pooled = pooled
+        output.error = error
+        if state.slot >= 0:
+            self._vacate(state)
+        else:
+            self._waiting.remove(state)
+        del self._states[state.id]
+        return output
+
+    def _output(self, state: RequestState) -> EngineOutput:
+        """What is new of a request since its last output."""
+        tokens = state.tokens
+        if state.slot >= 0:
+            tokens = self._slots.tokens[state.slot, : self._slots.known[state.slot]]
+        new = tokens[state.prompt_len + state.delivered :].tolist()
+        state.delivered += len(new)
+        output = EngineOutput(request_id=state.id, token_ids=new, num_cached_tokens=max(state.cached_tokens, 0))
+        sampling = state.request.sampling
+        if sampling is not None and sampling.logprobs is not None:
+            output.logprobs, state.logprobs = state.logprobs, []
+        if sampling is not None and sampling.prompt_logprobs is not None and not state.prompt_logprobs_delivered:
+            output.prompt_logprobs, state.prompt_logprobs_delivered = state.prompt_logprobs, True
+        return output
+
+
+def _slot_start(state: RequestState, computed: int, blocks: list[int]) -> SlotStart:
+    request = state.request
+    return SlotStart(
+        slot=state.slot,
+        token_ids=state.tokens.tobytes(),
+        prompt_len=state.prompt_len,
+        num_computed=computed,
+        block_ids=blocks,
+        sampling=request.sampling,
+        pooling=request.pooling,
+        seed=request.seed,
+        stop_token_ids=request.stop_token_ids,
+        bad_words_ids=request.bad_words_ids,
+        token_type_ids=request.token_type_ids,
+    )
