@@ -1,0 +1,119 @@
+"""Ranks that hold parts of a model compute what one rank with all of it does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from headway.errors import ConfigError
+from headway.models.spec import Shard
+
+Make = Callable[..., Any]
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+class ThreadComm:
+    """Ranks that are threads of this process, meeting at a barrier."""
+
+    def __init__(self, rank: int, board: list[Any], barrier: threading.Barrier) -> None:
+        self._rank, self._board, self._barrier = rank, board, barrier
+
+    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self._board[self._rank] = x.clone()
+        self._barrier.wait(20)
+        everyone = list(self._board)
+        self._barrier.wait(20)
+        return everyone
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        x.copy_(torch.stack(self._exchange(x)).sum(0))
+
+    def all_gather(self, x_RN: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self._exchange(x_RN), dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("llama", 2), ("llama", 6), ("qwen2", 2), ("qwen3", 2), ("opt", 2), ("opt-350m", 2), ("gpt2", 4)],
+)
+def test_tensor_parallel_ranks_agree_with_one(
+    name: str, ranks: int, checkpoint: Make, load: Make, paged: Make, prompts: list[list[int]]
+) -> None:
+    changes = {"intermediate_size": 96} if ranks == 6 else {}
+    _, path = checkpoint(name, **changes)
+    counts = {seq: len(tokens) for seq, tokens in enumerate(prompts)}
+    board: list[Any] = [None] * ranks
+    barrier = threading.Barrier(ranks)
+
+    def one(rank: int) -> dict[int, torch.Tensor]:
+        shard = Shard(tensor_rank=rank, tensor_size=ranks)
+        return paged(load(path, shard, ThreadComm(rank, board, barrier)), prompts).logits(counts)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        found = list(pool.map(one, range(ranks)))
+    whole = paged(load(path), prompts).logits(counts)
+    for logits in found:
+        for seq in counts:
+            torch.testing.assert_close(logits[seq], whole[seq], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt-350m", "gpt2"])
+def test_pipeline_stages_in_turn_are_the_whole(
+    name: str, checkpoint: Make, load: Make, paged: Make, prompts: list[list[int]]
+) -> None:
+    _, path = checkpoint(name)
+
+    class Stages:
+        """The stages of one process in turn, in the shape of a model."""
+
+        def __init__(self) -> None:
+            self.stages = [load(path, Shard(pipeline_rank=rank, pipeline_size=2)) for rank in range(2)]
+            self.logits = self.stages[-1].logits
+
+        def allocate_kv(self, num_blocks: int, block_size: int) -> list[Any]:
+            return [stage.allocate_kv(num_blocks, block_size) for stage in self.stages]
+
+        def forward(self, ids: torch.Tensor, meta: Any, kv: list[Any]) -> torch.Tensor:
+            x = self.stages[0].embed_tokens(ids, meta.positions)
+            for stage, cache in zip(self.stages, kv, strict=True):
+                stage.run_layers(x, meta, cache)
+            return self.stages[-1].finish(x)
+
+    stages = Stages()
+    assert [len(stage.layers) for stage in stages.stages] == [2, 1]
+    assert stages.stages[0].head is None
+    assert stages.stages[1].embed is None
+    counts = {seq: len(tokens) for seq, tokens in enumerate(prompts)}
+    found, whole = paged(stages, prompts).logits(counts), paged(load(path), prompts).logits(counts)
+    for seq in counts:
+        torch.testing.assert_close(found[seq], whole[seq], **TOLERANCE)
+
+
+def test_ranks_share_the_weights(checkpoint: Make, load: Make) -> None:
+    _, path = checkpoint("llama")
+    comm = ThreadComm(0, [None], threading.Barrier(1))
+    part = load(path, Shard(tensor_rank=0, tensor_size=2), comm)
+    assert part.weights_bytes < 0.55 * load(path).weights_bytes
+
+
+def test_heads_that_do_not_divide_are_refused(checkpoint: Make, load: Make) -> None:
+    _, path = checkpoint("llama")
+    with pytest.raises(ConfigError, match="tensor_parallel_size=4: must divide 6 heads"):
+        load(path, Shard(tensor_size=4), ThreadComm(0, [None], threading.Barrier(1)))
+
+
+def test_more_stages_than_layers_are_refused(checkpoint: Make, load: Make) -> None:
+    _, path = checkpoint("llama")
+    with pytest.raises(ConfigError, match="pipeline_parallel_size=4: must be at most 3 layers"):
+        load(path, Shard(pipeline_size=4))
+
+
+def test_encoders_are_not_divided(checkpoint: Make, load: Make) -> None:
+    _, path = checkpoint("bert", "Model")
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2: must be 1 for an encoder"):
+        load(path, Shard(tensor_size=2))
