@@ -89,9 +89,7 @@ def test_multi_label_classification_is_a_sigmoid_per_label(checkpoint: Make, loa
 
 
 @pytest.mark.parametrize(("declared", "function"), [(None, torch.sigmoid), ("Identity", torch.clone)])
-def test_cross_encoder_scores_one_number(
-    declared: str | None, function: Any, checkpoint: Make, load: Make
-) -> None:
+def test_cross_encoder_scores_one_number(declared: str | None, function: Any, checkpoint: Make, load: Make) -> None:
     reference, path = checkpoint("bert", "ForSequenceClassification", num_labels=1)
     if declared:
         config = json.loads((path / "config.json").read_text())

@@ -43,7 +43,7 @@ def test_unknown_name_suggests_the_nearest(name: str, monkeypatch: pytest.Monkey
 
 
 def test_a_path_that_is_not_there_is_no_hub_id() -> None:
-    with pytest.raises(ModelError, match="no such directory or .gguf file, and not a hub id"):
+    with pytest.raises(ModelError, match=r"no such directory or \.gguf file, and not a hub id"):
         resolve_source("./models/absent/deep")
 
 

@@ -33,7 +33,7 @@ def describe(path: str | Path) -> ModelFacts:
 
 def _facts(path: Path, config: Config, storage: dict[str, Any]) -> ModelFacts:
     name = families.architecture(config)
-    shape = _encoder_shape(path, config) or _decoder_shape(config)
+    shape = _encoder_shape(path, config) or decoder_shape(config)
     labels = num_labels(config)
     body: Literal["encoder", "decoder"] = "decoder" if shape["num_kv_heads"] else "encoder"
     return ModelFacts(
@@ -60,7 +60,8 @@ def _encoder_shape(path: Path, config: Config) -> dict[str, int] | None:
     }
 
 
-def _decoder_shape(config: Config) -> dict[str, int]:
+def decoder_shape(config: Config) -> dict[str, int]:
+    """The fields of ModelFacts that size a decoder. Raises ModelError where neither we nor transformers can run it."""
     try:
         spec = families.decoder_spec(config)
     except families.UnsupportedVariant:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headway.errors import ConfigError, MissingDependencyError
+from headway.errors import ConfigError, MissingDependencyError, ModelError
 from headway.models import families
+from headway.models.describe import decoder_shape
 from headway.models.loading.config import Config, is_gguf, read_config
 from headway.models.loading.pooling import max_prompt, read_pooling
 from headway.models.spec import DecoderSpec, EncoderSpec, Shard
@@ -108,10 +110,12 @@ def _load_encoder(
 
 
 def _load_fallback(config: ModelConfig, checkpoint: Config, ops: Ops, shard: Shard, reason: str) -> CausalModel:
-    if is_gguf(Path(config.path)):
-        raise ConfigError("model", config.path, f"a GGUF file needs an implementation of its own: {reason}")
-    try:
-        from headway.models.transformers_fallback import load_with_transformers
-    except ImportError as error:
-        raise MissingDependencyError(f"{reason}; for others: pip install 'headway[hf]'") from error
-    return load_with_transformers(config, checkpoint, ops, shard)
+    path = Path(config.path)
+    max_positions = decoder_shape(checkpoint)["max_positions"]
+    if is_gguf(path):
+        raise ModelError(f"{path}: {reason}")
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingDependencyError(f"{path}: {reason}; transformers may have it: pip install 'headway[hf]'")
+    from headway.models.transformers_fallback import load_with_transformers
+
+    return load_with_transformers(config, path, checkpoint, ops, shard, max_positions)
