@@ -65,9 +65,16 @@ def alone(request: Request) -> tuple[list[int], str]:
         state = prefix_state([token], state)
 
 
+prompts = st.builds(
+    lambda shared, own: [1] * shared + own,
+    st.sampled_from([0, 7, 16, 24]),
+    st.lists(st.integers(1, 2), min_size=1, max_size=6),
+)
+
+
 @st.composite
 def sampling_requests(draw: st.DrawFn) -> Request:
-    prompt = draw(st.lists(st.sampled_from([1, 1, 1, 2]), min_size=1, max_size=24))
+    prompt = draw(prompts)
     max_tokens = draw(st.integers(1, MAX_LEN - len(prompt)))
     structured = draw(st.sampled_from([None, None, None, StructuredOutput(regex=".*")]))
     sampling = SamplingParams(
@@ -99,7 +106,7 @@ configs = st.builds(
         scheduler=SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=budget, policy=policy, depth=depth),
     ),
     st.sampled_from([2, 4, 8]),
-    st.integers(0, 12),
+    st.integers(0, 6),
     st.booleans(),
     st.integers(1, 6),
     st.integers(1, 40),
@@ -124,9 +131,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.outputs[request.request_id] = []
         self.open.append(request.request_id)
 
-    @rule(request=sampling_requests())
-    def generate(self, request: Request) -> None:
-        self._add(request)
+    @rule(requests=st.lists(sampling_requests(), min_size=1, max_size=4))
+    def generate(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._add(request)
 
     @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=MAX_LEN))
     def pool(self, prompt: list[int]) -> None:
@@ -154,16 +162,19 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.open)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        self.core.abort(data.draw(st.lists(st.sampled_from(self.open), max_size=2)))
+        names = data.draw(st.lists(st.sampled_from(self.open), max_size=2))
+        outputs = self.core.abort(names)
+        assert sorted(output.request_id for output in outputs) == sorted(set(names))
+        self._take(outputs)
 
-    @rule(count=st.integers(1, 8))
+    @rule(count=st.integers(1, 12))
     def run(self, count: int) -> None:
         for _ in range(count):
             if self.core.has_work():
-                self._step()
+                self._take(self.core.step())
 
-    def _step(self) -> None:
-        for output in self.core.step():
+    def _take(self, outputs: list[EngineOutput]) -> None:
+        for output in outputs:
             assert output.request_id in self.open, "an output after the last"
             self.outputs[output.request_id].append(output)
             if output.finish_reason is not None:
@@ -211,7 +222,7 @@ class EngineMachine(RuleBasedStateMachine):
         bound = 50 + 4 * work * (1 + self.core.stats().preemptions)
         try:
             while self.core.has_work():
-                self._step()
+                self._take(self.core.step())
                 bound -= 1
                 assert bound > 0, "the engine makes no progress"
             assert not self.open

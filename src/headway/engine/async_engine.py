@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from headway.engine.core import EngineCore
-from headway.errors import EngineDead, RequestError
+from headway.errors import EngineDead, HeadwayError
 from headway.messages import EngineOutput, Request
 from headway.scheduler import EngineStats
 
@@ -122,7 +122,7 @@ class AsyncEngine:
 
     def _take(self, message: _Stream | _Leave | _Abort) -> None:
         if isinstance(message, _Abort):
-            self._core.abort(message.request_ids)
+            self._deliver(self._core.abort(message.request_ids))
         elif isinstance(message, _Leave):
             self._drop(message.stream)
         else:
@@ -131,7 +131,7 @@ class AsyncEngine:
     def _add(self, stream: _Stream) -> None:
         try:
             self._core.add(stream.request)
-        except RequestError as error:
+        except HeadwayError as error:
             self._send([(stream, error)])
         else:
             self._streams[stream.request.request_id] = stream

@@ -41,6 +41,15 @@ class Constraints:
         """The matchers of a plan's masked slots, whose requests these are."""
         return [(slot, name, self._matchers[name]) for slot, name in zip(plan.masked_slots, request_ids)]
 
-    def masks(self, held: list[tuple[int, str, Matcher]]) -> dict[int, bytes]:
-        """Call once all tokens of earlier steps are accepted."""
-        return {slot: m.mask() if self._matchers.get(name) is m else self._ones for slot, name, m in held}
+    def masks(self, held: list[tuple[int, str, Matcher]]) -> tuple[dict[int, bytes], dict[str, RequestError]]:
+        """Slot to mask, and the requests that cannot go on. Call once all tokens of earlier steps are accepted."""
+        masks: dict[int, bytes] = {}
+        failed: dict[str, RequestError] = {}
+        for slot, name, matcher in held:
+            masks[slot] = self._ones
+            if self._matchers.get(name) is matcher:
+                try:
+                    masks[slot] = matcher.mask()
+                except RequestError as error:
+                    failed[name] = error
+        return masks, failed

@@ -51,7 +51,7 @@ class EngineCore:
         self._constraints = Constraints(grammar)
         self._scheduler = Scheduler(config, self._constraints.accept)
         self._in_flight: deque[_InFlight] = deque()
-        self._aborted: list[EngineOutput] = []
+        self._failed: list[EngineOutput] = []  # by their constraint, since the last step()
         self._dead: BaseException | None = None
 
     def add(self, request: Request) -> None:
@@ -64,21 +64,19 @@ class EngineCore:
             self._scheduler.abort(request.request_id)
             raise
 
-    def abort(self, request_ids: Iterable[str]) -> None:
-        """Ends requests at once; their last output, with finish_reason "abort", comes with the next step().
+    def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
+        """Ends requests now, also with a step in flight; their last outputs, with finish_reason "abort".
 
         Ids of requests that have ended are ignored.
         """
         self._check_alive()
-        for request_id in request_ids:
-            output = self._scheduler.abort(request_id)
-            if output is not None:
-                self._constraints.forget(request_id)
-                self._aborted.append(output)
+        outputs = [o for name in request_ids if (o := self._scheduler.abort(name)) is not None]
+        self._forget_ended(outputs)
+        return outputs
 
     def has_work(self) -> bool:
         """Whether step() has anything to do."""
-        return self._dead is None and bool(self._scheduler.has_requests or self._in_flight or self._aborted)
+        return self._dead is None and bool(self._scheduler.has_requests or self._in_flight)
 
     def step(self) -> list[EngineOutput]:
         """Plans and submits what fits in the pipeline, waits for the oldest step; outputs that ended or stream.
@@ -89,8 +87,10 @@ class EngineCore:
         try:
             return self._step()
         except Exception as error:
-            self._dead = error
-            raise
+            self._dead = self._first_failure() or error
+            if self._dead is error:
+                raise
+            raise self._dead from None
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
@@ -109,19 +109,28 @@ class EngineCore:
                 break
             self._submit(plan)
         if not self._in_flight:
-            assert self._aborted or not self._scheduler.has_requests, "requests wait, but nothing can run"
-            outputs, self._aborted = self._aborted, []
-            return outputs
+            assert not self._scheduler.has_requests, "requests wait, but nothing can run"
+            return []
         result = self._in_flight[0].future.result()  # Ctrl-C here leaves everything as it was
         self._in_flight.popleft()
-        outputs, self._aborted = self._aborted, []
-        outputs += self._scheduler.update(result)
+        outputs = self._scheduler.update(result)
+        self._forget_ended(outputs)
+        if self._in_flight:
+            self._send_masks(self._in_flight[0])
+        if self._failed:
+            self._forget_ended(self._failed)
+            outputs, self._failed = outputs + self._failed, []
+        return outputs
+
+    def _first_failure(self) -> BaseException | None:
+        """What failed a step in flight: a submit() after it only knows that the executor is dead."""
+        futures = [flight.future for flight in self._in_flight]
+        return next((error for f in futures if f.done() and (error := f.exception()) is not None), None)
+
+    def _forget_ended(self, outputs: list[EngineOutput]) -> None:
         for output in outputs:
             if output.finish_reason is not None:
                 self._constraints.forget(output.request_id)
-        if self._in_flight:
-            self._send_masks(self._in_flight[0])
-        return outputs
 
     def _submit(self, plan: StepPlan) -> None:
         masked = self._constraints.hold(plan, [self._scheduler.request_at(slot) for slot in plan.masked_slots])
@@ -132,7 +141,12 @@ class EngineCore:
 
     def _send_masks(self, flight: _InFlight) -> None:
         if flight.masked:
-            self._executor.mask(flight.step, self._constraints.masks(flight.masked))
+            masks, failed = self._constraints.masks(flight.masked)
+            self._executor.mask(flight.step, masks)
+            for request_id, error in failed.items():
+                output = self._scheduler.abort(request_id, error=str(error))
+                assert output is not None
+                self._failed.append(output)
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -107,10 +107,10 @@ class Scheduler:
         self._states[request.request_id] = state
         self._waiting.append(state)
 
-    def abort(self, request_id: str) -> EngineOutput | None:
-        """Ends a request now, whatever is in flight; None if it is not here."""
+    def abort(self, request_id: str, error: str | None = None) -> EngineOutput | None:
+        """Ends a request now, whatever is in flight, because of an error if one is given; None if it is not here."""
         state = self._states.get(request_id)
-        return None if state is None else self._finish(state, "abort")
+        return None if state is None else self._finish(state, "abort" if error is None else "error", error=error)
 
     def request_at(self, slot: int) -> str:
         """The id of the request in a slot."""

@@ -1,0 +1,179 @@
+"""Many callers, many event loops, one engine thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from headway.config import CacheConfig, EngineConfig, ModelConfig
+from headway.engine import AsyncEngine, EngineCore
+from headway.errors import EngineDead, RequestError, WorkerError
+from headway.executor.fake import FakeExecutor, FakeModel, prefix_state
+from headway.messages import EngineOutput, Request, SamplingParams
+
+
+@contextmanager
+def running(model: FakeModel | None = None) -> Iterator[AsyncEngine]:
+    config = EngineConfig(model=ModelConfig(path="", served_model_name=""), cache=CacheConfig(num_blocks=500))
+    executor = FakeExecutor(config, model)
+    engine = AsyncEngine(EngineCore(config, executor, executor.start()))
+    try:
+        yield engine
+    finally:
+        engine.close()
+        engine.close()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("headway-")]
+
+
+def make_request(name: str, max_tokens: int = 4, stream: bool = True) -> Request:
+    prompt = list(name.encode())
+    return Request(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens),
+        max_tokens=max_tokens,
+        stream=stream,
+    )
+
+
+async def collect(engine: AsyncEngine, request: Request) -> list[EngineOutput]:
+    return [output async for output in engine.generate(request)]
+
+
+def tokens_alone(request: Request) -> list[int]:
+    state, tokens = prefix_state(request.prompt_token_ids), []
+    while len(tokens) < request.max_tokens:
+        tokens.append(FakeModel().next_token(state, request.seed))
+        state = prefix_state(tokens[-1:], state)
+    return tokens
+
+
+async def eventually(condition: Any) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+def test_callers_on_several_event_loops_get_their_own_tokens() -> None:
+    failures: list[BaseException] = []
+
+    async def many(engine: AsyncEngine, thread: int) -> None:
+        requests = [make_request(f"{thread}-{number}", 3 + number) for number in range(12)]
+        for request, outputs in zip(requests, await asyncio.gather(*(collect(engine, r) for r in requests))):
+            assert [token for output in outputs for token in output.token_ids] == tokens_alone(request)
+            assert [output.finish_reason for output in outputs] == [None] * (len(outputs) - 1) + ["length"]
+
+    def caller(engine: AsyncEngine, thread: int) -> None:
+        try:
+            asyncio.run(many(engine, thread))
+        except BaseException as error:
+            failures.append(error)
+
+    with running() as engine:
+        threads = [threading.Thread(target=caller, args=(engine, number)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+
+
+def test_one_wakeup_a_step_and_loop_however_many_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(engine: AsyncEngine) -> int:
+        loop = asyncio.get_running_loop()
+        wakeups, wake = [], loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: wakeups.append(1) or wake(*args))
+        await asyncio.gather(*(collect(engine, make_request(str(number), 10)) for number in range(20)))
+        return len(wakeups)
+
+    with running() as engine:
+        wakeups = asyncio.run(scenario(engine))
+        assert wakeups <= engine.stats().steps
+
+
+def test_closing_the_iterator_aborts_the_request() -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = engine.generate(make_request("a", 1000))
+        assert (await anext(stream)).finish_reason is None
+        await stream.aclose()
+        await eventually(lambda: engine.stats().running == 0)
+        assert engine.stats().generated_tokens < 1000
+        # The name is free again.
+        assert (await collect(engine, make_request("a", 2)))[-1].finish_reason == "length"
+
+    with running(FakeModel(latency_s=0.002)) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_abort_by_name_ends_the_iterator() -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        stream = engine.generate(make_request("a", 1000))
+        await anext(stream)
+        engine.abort(["a", "unknown"])
+        rest = [output async for output in stream]
+        assert rest[-1].finish_reason == "abort"
+
+    with running(FakeModel(latency_s=0.002)) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_a_bad_request_costs_nobody_else_anything() -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        good = asyncio.create_task(collect(engine, make_request("good", 50)))
+        await asyncio.sleep(0.01)
+        with pytest.raises(RequestError, match="prompt_token_ids"):
+            await collect(engine, make_request("", 4))
+        with pytest.raises(RequestError, match="in use"):
+            await collect(engine, make_request("good", 4))
+        assert len(await good) == 50
+
+    with running(FakeModel(latency_s=0.002)) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_a_failure_reaches_every_waiting_caller_and_later_ones() -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        tasks = [asyncio.create_task(collect(engine, make_request(str(n), 100, stream=n > 2))) for n in range(5)]
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, WorkerError) and "injected" in str(error)
+        with pytest.raises(EngineDead, match="injected"):
+            await collect(engine, make_request("late"))
+
+    with running(FakeModel(fail_at_step=5)) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_closing_ends_every_waiting_caller() -> None:
+    async def scenario(engine: AsyncEngine) -> None:
+        task = asyncio.create_task(collect(engine, make_request("a", 1000)))
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(EngineDead, match="closed"):
+            await task
+
+    with running(FakeModel(latency_s=0.002)) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_callers_whose_event_loop_is_gone_are_aborted() -> None:
+    with running(FakeModel(latency_s=0.002)) as engine:
+        loop = asyncio.new_event_loop()
+        stream = engine.generate(make_request("a", 1000))
+        loop.run_until_complete(anext(stream))
+        loop.close()
+        asyncio.run(eventually(lambda: engine.stats().running == 0))
+
+
+def test_an_idle_engine_costs_nothing() -> None:
+    with running() as engine:
+        asyncio.run(collect(engine, make_request("a")))
+        before = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - before < 0.05
