@@ -68,7 +68,8 @@ struct Batch {
   const int32_t* prompt_len;
   const int32_t* block_table;
   int64_t table_stride;
-  const float* temperature;
+  const float *temperature, *top_p, *min_p;
+  const int32_t* top_k;
   const uint64_t* seed;
 };
 
@@ -90,8 +91,8 @@ struct Program {
   int64_t max_runs;
 };
 
-// One step. rows: indices into runs that produce logits; want[i]: 0 argmax, 1 sample by temperature, 2 float32 logits
-// in logits row i. token[i]: the chosen id (untouched for want 2).
+// One step. rows: indices into runs that produce logits; want[i]: 0 argmax, 1 sample, 2 float32 logits in
+// logits row i. token[i]: the chosen id (untouched for want 2).
 struct Step {
   int64_t runs;
   const int32_t* run_slots;

@@ -3,29 +3,29 @@
 
 static constexpr int ROWS8 = ROWS > 1 ? ROWS / 2 : 1;  // two accumulators, high and low, for what one takes in bfloat16
 
-// Quantises one column of groups * 4 weights into words 32 apart. offset: -128 * the sum of the quantised column.
+// Quantises one column of groups * 4 weights (a multiple of 16) into words 32 apart. offset: -128 * the sum of the quantised column.
 INLINE void pack_int8_column(const float* row, int64_t groups, uint32_t* words, float* scale, int32_t* offset) {
-  float peak = 0;
-  for (int64_t k = 0; k < groups * 4; k++) peak = std::max(peak, __builtin_fabsf(row[k]));
+  v16 peaks = splat(0.f);
+  for (int64_t k = 0; k < groups * 4; k += 16) {
+    v16 x = load(row + k);
+    peaks = vmax(peaks, x < 0.f ? -x : x);
+  }
+  const float peak = hmax(peaks), inverse = peak > 0 ? 127.f / peak : 0.f;
   *scale = peak / 127.f;
-  const float inverse = peak > 0 ? 127.f / peak : 0.f;
   int32_t sum = 0;
-  for (int64_t g = 0; g < groups; g++) {
-    uint32_t word = 0;
-    for (int j = 0; j < 4; j++) {
-      const int q = (int)__builtin_rintf(row[g * 4 + j] * inverse);
-      sum += q;
-      word |= (uint32_t)(uint8_t)(int8_t)q << (8 * j);
-    }
-    words[g * 32] = word;
+  for (int64_t k = 0; k < groups * 4; k += 16) {
+    const v16i q = __builtin_convertvector(round_even(load(row + k) * inverse), v16i);
+    const v16b bytes = __builtin_convertvector(q & 255, v16b);
+    for (int j = 0; j < 16; j++) sum += q[j];
+    for (int g = 0; g < 4; g++) memcpy(words + (k / 4 + g) * 32, (const char*)&bytes + 4 * g, 4);
   }
   *offset = -128 * sum;
 }
 
 // A block of rows as bytes: high plane, then low plane, groups words each; the row's scale apart.
 struct ByteRows {
-  std::vector<uint32_t> words;
-  std::vector<float> scale;
+  Array<uint32_t> words;
+  Array<float> scale;
 
   template <class D>
   void quantise(const typename D::Element* a, int64_t stride, int64_t rows, int64_t k, int64_t groups) {

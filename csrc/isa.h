@@ -1,24 +1,31 @@
 // Compiles every kernel for one instruction set: the including file is built with that set's flags and names it.
+// Nothing here may come from a standard template or an inline function outside the set's namespace: the linker would
+// keep one set's code for all.
+#include <linux/futex.h>
 #include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-#include <algorithm>
-#include <cstring>
-#include <vector>
+#include <atomic>
+#include <climits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "kernels.h"
-#include "team.h"
 
 namespace headway {
 namespace ISA {
 #include "simd.h"
+#include "team.h"
 
 #include "gemm.h"
 #include "rows.h"
 #include "attention.h"
+#include "sample.h"
 #include "step.h"
 #include "operations.h"
 

@@ -48,7 +48,7 @@ static void op_write_kv(const KvLayout* kv, int64_t layer, const void* k, const 
 
 static void op_attention(const KvLayout* kv, int64_t layer, const Runs* runs, int64_t heads, const void* q,
                          int64_t q_stride, void* out, int64_t out_stride, float scale, int64_t window, int32_t threads) {
-  std::vector<int32_t> tasks(2 * (runs->tokens + runs->count));
+  Array<int32_t> tasks(2 * (runs->tokens + runs->count));
   const int64_t n = plan_attention(*runs, heads / kv->kv_heads, tasks.data());
   region(threads, 1, [&](Team team) {
     if (kv->dtype == BF16)
@@ -58,11 +58,12 @@ static void op_attention(const KvLayout* kv, int64_t layer, const Runs* runs, in
   });
 }
 
-// Reads element i of a row of any float type.
-INLINE float element(const void* row, int32_t dtype, int64_t i) {
-  if (dtype == F32) return ((const float*)row)[i];
-  if (dtype == BF16) return bf16_to_float(((const uint16_t*)row)[i]);
-  return half_to_float(((const uint16_t*)row)[i]);
+// A row of any float type as float32; null is a row of zeros.
+INLINE void read_row(float* row, const void* from, int32_t dtype, int64_t k) {
+  if (!from) memset(row, 0, k * sizeof(float));
+  else if (dtype == F32) memcpy(row, from, k * sizeof(float));
+  else if (dtype == BF16) for (int64_t i = 0; i < k; i++) row[i] = bf16_to_float(((const uint16_t*)from)[i]);
+  else for (int64_t i = 0; i < k; i++) row[i] = half_to_float(((const uint16_t*)from)[i]);
 }
 
 // The model's row for column c of a panel, or -1 for padding.
@@ -78,13 +79,12 @@ static void pack(Linear* w, const void* source, int32_t source_dtype, int64_t st
   const int64_t size = source_dtype == F32 ? 4 : 2;
   region(threads, 1, [&](Team team) {
     team.each(w->panels, 4, [&](int64_t begin, int64_t end) {
-      std::vector<float> row(w->groups * 4);
+      Array<float> row(w->groups * 4);
       for (int64_t p = begin; p < end; p++) {
         for (int64_t c = 0; c < 32; c++) {
           const int64_t from = source_row(*w, p, c);
           const void* in = (const char*)source + from * stride * size;
-          std::fill(row.begin(), row.end(), 0.f);
-          if (from >= 0) for (int64_t k = 0; k < w->k; k++) row[k] = element(in, source_dtype, k);
+          read_row(row.data(), from >= 0 ? in : nullptr, source_dtype, w->k);
           uint32_t* words = (uint32_t*)const_cast<void*>(w->words) + p * w->groups * 32 + c;
           if (w->dtype == F32) {
             for (int64_t g = 0; g < w->groups; g++) __builtin_memcpy(words + g * 32, &row[g], 4);

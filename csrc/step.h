@@ -103,53 +103,8 @@ void head_rows(Team& team, const Program& p, const Op& op, const Step& s, Best* 
   gemm<D>(team, p.buffers[op.src], p.strides[op.src], s.rows, *op.linear, out);
 }
 
-// A uniform in [0, 1) that depends on the request's seed and the token's index only (see worker/sampler.py).
-INLINE uint64_t mix(uint64_t z) {
-  z += 0x9e3779b97f4a7c15ull;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return z ^ (z >> 31);
-}
-INLINE float uniform(uint64_t seed, uint64_t index) { return (float)(mix(seed ^ mix(index)) >> 40) * 0x1p-24f; }
-
-// Inverse CDF of softmax(logits / temperature), in token order. Sums in double over blocks of 16.
-INLINE int32_t sample_row(const float* logits, int64_t vocab, float temperature, float u) {
-  const float inverse = 1.f / temperature;
-  v16 peak = splat(-1e30f);
-  int64_t i = 0;
-  for (; i + 16 <= vocab; i += 16) peak = vmax(peak, load(logits + i));
-  float top = hmax(peak);
-  for (; i < vocab; i++) top = logits[i] > top ? logits[i] : top;
-  double total = 0;
-  auto weights = [&](int64_t at) {
-    v16 x = splat(-1e30f);
-    if (at + 16 <= vocab) x = load(logits + at);
-    else for (int64_t j = at; j < vocab; j++) x[j - at] = logits[j];
-    v16 w = vexp((x - top) * inverse);
-    return x > -5e29f ? w : splat(0.f);
-  };
-  for (i = 0; i < vocab; i += 16) total += hsum(weights(i));
-  const double target = u * total;
-  double seen = 0;
-  int32_t last = 0;
-  for (i = 0; i < vocab; i += 16) {
-    v16 w = weights(i);
-    double next = seen + hsum(w);
-    if (next > target || i + 16 >= vocab) {
-      for (int64_t j = 0; j < 16 && i + j < vocab; j++) {
-        seen += w[j];
-        if (w[j] > 0.f) last = (int32_t)(i + j);
-        if (seen > target && w[j] > 0.f) return last;
-      }
-    } else if (next > seen) {
-      last = (int32_t)(i + 15);
-    }
-    seen = next;
-  }
-  return last;
-}
-
 INLINE void choose_rows(Team& team, const Program& p, const Batch& b, const Step& s, const Best* best) {
+  static thread_local SampleScratch scratch;
   team.each(s.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       if (s.want[i] == 0) {
@@ -162,7 +117,8 @@ INLINE void choose_rows(Team& team, const Program& p, const Batch& b, const Step
       } else if (s.want[i] == 1) {
         const int64_t slot = s.run_slots[s.row_runs[i]];
         const float u = uniform(b.seed[slot], (uint64_t)(b.length[slot] - b.prompt_len[slot]));
-        s.token[i] = sample_row(p.logits + i * p.logits_stride, p.vocab, b.temperature[slot], u);
+        const Sampling how{b.temperature[slot], b.top_p[slot], b.min_p[slot], b.top_k[slot]};
+        s.token[i] = sample_row(p.logits + i * p.logits_stride, p.vocab, how, u, scratch);
       }
     }
   });
@@ -193,26 +149,13 @@ void walk(Team team, const Program& p, const Batch& b, const Step& s, const Step
   choose_rows(team, p, b, s, best);
 }
 
-// Runs body(team) on every thread of the caller's OpenMP pool.
-template <class Body>
-void region(int threads, int64_t counters, Body body) {
-  std::vector<Counter> counter(counters);
-  Barrier barrier(threads);
-#pragma omp parallel num_threads(threads)
-  {
-    Team team{barrier, counter.data(), threads, omp_get_thread_num()};
-    body(team);
-  }
-}
-
 static int run_step(const Program* program, const Batch* batch, const Step* step) {
   const Program& p = *program;
   StepPlan plan;
   plan_step(p, *batch, *step, plan);
-  std::vector<int32_t> table_row(step->run_slots, step->run_slots + step->runs);
-  Runs runs{step->runs, plan.num_tokens, plan.start, plan.context, batch->block_table, table_row.data(), batch->table_stride};
+  Runs runs{step->runs, plan.num_tokens, plan.start, plan.context, batch->block_table, step->run_slots, batch->table_stride};
   plan.num_tasks = plan_attention(runs, p.num_heads / p.kv.kv_heads, plan.tasks);
-  std::vector<Best> best(step->rows * p.threads);
+  Array<Best> best(step->rows * p.threads);
   region(p.threads, p.num_ops + 1, [&](Team team) {
     if (p.dtype == BF16) walk<Bf16Words>(team, p, *batch, *step, plan, runs, best.data());
     else walk<F32Words>(team, p, *batch, *step, plan, runs, best.data());

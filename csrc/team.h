@@ -1,16 +1,5 @@
 // The threads of one step: a region that the caller's OpenMP pool opens once (the pool torch uses, so that there is only
 // one), a barrier between operations, and counters from which threads claim work.
-#pragma once
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <climits>
-#include <cstdint>
-
-namespace headway {
-
 inline void cpu_relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -50,6 +39,31 @@ class Barrier {
   std::atomic<int> sleepers_{0};
 };
 
+// A zeroed array that grows. Not std::vector: its code would be merged over instruction sets by the linker.
+template <class T>
+class Array {
+ public:
+  Array() = default;
+  explicit Array(int64_t size) { resize(size); }
+  Array(const Array&) = delete;
+  ~Array() { free(data_); }
+  void resize(int64_t size) {
+    if (size <= room_) return;
+    free(data_);
+    data_ = (T*)aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64);
+    memset((void*)data_, 0, size * sizeof(T));
+    room_ = size;
+  }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t room_ = 0;
+};
+
 struct alignas(64) Counter {
   std::atomic<int64_t> next{0};
 };
@@ -80,4 +94,14 @@ struct Team {
   }
 };
 
-}  // namespace headway
+// Runs body(team) on every thread of the caller's OpenMP pool.
+template <class Body>
+void region(int threads, int64_t counters, Body body) {
+  Array<Counter> counter(counters);
+  Barrier barrier(threads);
+#pragma omp parallel num_threads(threads)
+  {
+    Team team{barrier, counter.data(), threads, omp_get_thread_num()};
+    body(team);
+  }
+}

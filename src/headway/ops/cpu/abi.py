@@ -49,7 +49,8 @@ class Op(C.Structure):
 class Batch(C.Structure):
     _fields_ = [
         ("tokens", _ptr), ("token_stride", _i64), ("computed", _ptr), ("length", _ptr), ("prompt_len", _ptr),
-        ("block_table", _ptr), ("table_stride", _i64), ("temperature", _ptr), ("seed", _ptr),
+        ("block_table", _ptr), ("table_stride", _i64), ("temperature", _ptr),
+        ("top_p", _ptr), ("min_p", _ptr), ("top_k", _ptr), ("seed", _ptr),
     ]  # fmt: skip
 
 

@@ -178,11 +178,10 @@ class CpuProgram:
         return self._hidden[:, :width]
 
     def _bind(self, batch: Any) -> None:
-        arrays = ("tokens", "computed", "length", "prompt_len", "block_table", "temperature", "seed")
-        at = {name: getattr(batch, name).ctypes.data for name in arrays}
+        at = lambda name: getattr(batch, name).ctypes.data  # noqa: E731
         self._batch = abi.Batch(
-            at["tokens"], batch.tokens.shape[1], at["computed"], at["length"], at["prompt_len"], at["block_table"],
-            batch.block_table.shape[1], at["temperature"], at["seed"],
+            at("tokens"), batch.tokens.shape[1], at("computed"), at("length"), at("prompt_len"), at("block_table"),
+            batch.block_table.shape[1], at("temperature"), at("top_p"), at("min_p"), at("top_k"), at("seed"),
         )  # fmt: skip
         self._bound = batch
 
