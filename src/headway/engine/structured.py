@@ -45,50 +45,62 @@ class LLGuidanceBackend:
         key = msgspec.json.encode(constraint)
         if len(key) > MAX_SOURCE_CHARS:
             raise RequestError(f"structured.{field}", constraint, f"must be at most {MAX_SOURCE_CHARS} characters")
+        matcher = self._known(key) or self._build(key, field, getattr(constraint, field))
+        return LLGuidanceMatcher(matcher, self._eos)
+
+    def _known(self, key: bytes) -> LLMatcher | None:
         with self._lock:
             matcher = self._compiled.get(key)
             if matcher is None:
-                matcher = self._compiled[key] = self._build(field, getattr(constraint, field))
+                return None
             self._compiled.move_to_end(key)
-            if len(self._compiled) > CACHED_CONSTRAINTS:
-                self._compiled.popitem(last=False)
-            return LLGuidanceMatcher(matcher.deep_copy(), f"structured.{field}", self._eos)
+            return matcher.deep_copy()
 
-    def _build(self, field: str, value: Any) -> LLMatcher:
+    def _build(self, key: bytes, field: str, value: Any) -> LLMatcher:
+        """Takes up to tens of milliseconds, without the lock."""
         try:
-            from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+            from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
             message = "structured output needs llguidance: pip install 'headway[grammar]'"
             raise MissingDependencyError(message) from error
-        if self._tokenizer is None:
-            eos = list(self._eos) or None
-            self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=eos)
         source = _SOURCES[field](value, LLMatcher)
         limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
+        matcher = LLMatcher(self._tables(), source, log_level=0, limits=limits)
         if matcher.is_error():
             raise RequestError(f"structured.{field}", value, matcher.get_error())
-        return matcher
+        with self._lock:
+            self._compiled[key] = matcher
+            if len(self._compiled) > CACHED_CONSTRAINTS:
+                self._compiled.popitem(last=False)
+            return matcher.deep_copy()
+
+    def _tables(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        with self._lock:
+            if self._tokenizer is None:
+                eos = list(self._eos) or None
+                self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=eos)
+            return self._tokenizer
 
 
 class LLGuidanceMatcher:
-    """A Matcher; see the port for what mask and accept mean."""
+    """A Matcher; see the port for what mask and accept mean.
 
-    def __init__(self, matcher: LLMatcher, field: str, eos_token_ids: tuple[int, ...]) -> None:
+    A text that makes the constraint too complex to go on is a dead end: only end-of-sequence ids are allowed then, and
+    not accepted, which ends the request with an error.
+    """
+
+    def __init__(self, matcher: LLMatcher, eos_token_ids: tuple[int, ...]) -> None:
         self._matcher = matcher
-        self._field = field
         self._eos = eos_token_ids
 
     def mask(self) -> bytes:
-        """Raises RequestError when the text so far makes the constraint too complex to go on."""
-        mask = self._matcher.compute_bitmask()
-        if self._matcher.is_error():
-            raise RequestError(self._field, self._matcher.get_error(), "the constraint exceeds its limits")
-        return mask
+        return self._matcher.compute_bitmask()
 
     def accept(self, token_id: int) -> bool:
         if token_id in self._eos:
-            return self._matcher.is_accepting()
+            return self._matcher.is_accepting() and not self._matcher.is_error()
         return self._matcher.try_consume_tokens([token_id]) == 1
 
 

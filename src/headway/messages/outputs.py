@@ -38,13 +38,17 @@ class Logprob(msgspec.Struct):
 
 
 class Completion(msgspec.Struct, kw_only=True):
-    """One of a request's n samples. In a streamed delta, text and token_ids are what is new."""
+    """One of a request's n samples. In a streamed delta, text and token_ids are what is new.
+
+    stop_reason: the stop string or the named stop token id that ended it. error: why, with finish_reason "error".
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
 
 

@@ -1,0 +1,165 @@
+"""The engine for asyncio: streams, many callers, one process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any
+
+from headway.engine import AsyncEngine
+from headway.errors import RequestError
+from headway.llm.chat import Message
+from headway.llm.frontend import Client, Frontend
+from headway.llm.outputs import GeneratedResult, PooledResult
+from headway.llm.processor import Params, Prepared
+from headway.llm.prompts import Prompt, PromptInput, as_input
+from headway.messages import EngineOutput, PooledOutput, PoolingParams, Request, RequestOutput, SamplingParams
+
+# Tokenising more text than this, about 2 ms of it, goes to a thread so that the event loop goes on.
+INLINE_CHARS = 8192
+
+
+class AsyncLLM(Client):
+    """One model in this process, for any number of tasks on any number of event loops.
+
+    Leaving an iterator early, or cancelling the task that awaits, aborts the request.
+    """
+
+    def _attach(self, frontend: Frontend) -> None:
+        super()._attach(frontend)
+        self._engine = AsyncEngine(frontend.core)
+        self._ids = (f"unnamed-{i}" for i in itertools.count())
+        self._running: dict[str, list[str]] = {}
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        stream: bool = True,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Deltas as tokens come, each with what is new of one sample; without stream, the whole once at the end."""
+        params = sampling_params or SamplingParams()
+        name = self._claim(request_id)
+        try:
+            prepared = await self._prepare(name, prompt, params, delta=stream, priority=priority)
+            self._running[name] = [request.request_id for request in prepared.requests]
+            result = GeneratedResult(self.tokenizer, prepared)
+            async with aclosing(self._outputs(prepared.requests)) as outputs:
+                async for output in outputs:
+                    delta, must_abort = result.feed(output)
+                    if must_abort:
+                        self._engine.abort([output.request_id])
+                    if delta is not None:
+                        yield delta
+                    if result.finished:
+                        return
+        finally:
+            del self._running[name]
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        stream: bool = True,
+        **template: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As generate(), for a conversation. template: tools and what else ChatRenderer.render takes."""
+        prompt = self._chat_prompt(messages, **template)
+        outputs = self.generate(prompt, sampling_params, request_id=request_id, priority=priority, stream=stream)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+
+    async def embed(self, prompt: Prompt, pooling_params: PoolingParams | None = None) -> PooledOutput:
+        return await self._pool(prompt, pooling_params or PoolingParams(task="embed"))
+
+    async def classify(self, prompt: Prompt, pooling_params: PoolingParams | None = None) -> PooledOutput:
+        return await self._pool(prompt, pooling_params or PoolingParams(task="classify"))
+
+    async def score(self, text_1: str | list[str], text_2: str | list[str]) -> list[PooledOutput]:
+        """As LLM.score."""
+        scoring = self._scoring(text_1, text_2)
+        return scoring.results(list(await asyncio.gather(*(self._pool(p, scoring.params) for p in scoring.prompts))))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its iterator gets a last output with finish_reason "abort". Unknown ids are ignored."""
+        self._engine.abort(self._running.get(request_id, []))
+
+    def close(self) -> None:
+        """Ends the engine; idempotent. Whoever still waits gets EngineDead."""
+        self._engine.close()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _pool(self, prompt: Prompt, params: PoolingParams) -> PooledOutput:
+        prepared = await self._prepare(next(self._ids), prompt, params)
+        result = PooledResult(prepared)
+        async with aclosing(self._engine.generate(prepared.requests[0])) as outputs:
+            async for output in outputs:
+                pooled, _ = result.feed(output)
+                if pooled is not None:
+                    return pooled
+        raise AssertionError("the engine ended a request without an output")
+
+    def _claim(self, request_id: str | None) -> str:
+        name = next(self._ids) if request_id is None else request_id
+        if name in self._running:
+            raise RequestError("request_id", name, "a request of this name is running")
+        self._running[name] = []
+        return name
+
+    async def _prepare(
+        self, request_id: str, prompt: Prompt, params: Params, *, delta: bool = False, priority: int = 0
+    ) -> Prepared:
+        item = as_input(prompt)
+        prepare = self._frontend.processor.prepare
+        if _is_quick(item, params):
+            return prepare(request_id, item, params, delta=delta, priority=priority)
+        return await asyncio.to_thread(prepare, request_id, item, params, delta=delta, priority=priority)
+
+    def _outputs(self, requests: list[Request]) -> AsyncGenerator[EngineOutput, None]:
+        return self._engine.generate(requests[0]) if len(requests) == 1 else self._merged(requests)
+
+    async def _merged(self, requests: list[Request]) -> AsyncGenerator[EngineOutput, None]:
+        """The outputs of all samples as they come; leaving early aborts those that run."""
+        queue: asyncio.Queue[EngineOutput | BaseException] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._forward(request, queue)) for request in requests]
+        try:
+            while True:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _forward(self, request: Request, queue: asyncio.Queue[EngineOutput | BaseException]) -> None:
+        try:
+            async with aclosing(self._engine.generate(request)) as outputs:
+                async for output in outputs:
+                    queue.put_nowait(output)
+        except Exception as error:
+            queue.put_nowait(error)
+
+
+def _is_quick(item: PromptInput, params: Params) -> bool:
+    """Whether preparing takes less time than another thread would."""
+    constrained = isinstance(params, SamplingParams) and params.structured is not None
+    return not constrained and len(item.text or "") <= INLINE_CHARS

@@ -1,0 +1,98 @@
+"""What LLM and AsyncLLM share: everything between the caller's words and the engine's tokens, but the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from headway.config import EngineArgs, EngineConfig, ModelFacts, machine_facts, resolve
+from headway.engine import EngineCore, EngineStats, launch
+from headway.engine.structured import LLGuidanceBackend
+from headway.llm.chat import ChatRenderer, Message
+from headway.llm.processor import Processor
+from headway.llm.prompts import PromptInput
+from headway.llm.scoring import Scoring
+from headway.messages.worker import WorkerInfo
+from headway.models.describe import describe
+from headway.models.source import resolve_source
+from headway.tokenizers import Tokenizer, load_tokenizer
+
+C = TypeVar("C", bound="Client")
+
+
+@dataclass(frozen=True, slots=True)
+class Frontend:
+    """One model, loaded and running."""
+
+    facts: ModelFacts
+    tokenizer: Tokenizer
+    core: EngineCore
+    processor: Processor
+    chat: ChatRenderer
+
+    @classmethod
+    def over(cls, core: EngineCore, facts: ModelFacts, tokenizer: Tokenizer, grammar: LLGuidanceBackend) -> Frontend:
+        processor = Processor(tokenizer, facts, core.config, grammar)
+        return cls(facts, tokenizer, core, processor, ChatRenderer(tokenizer))
+
+
+def start(model: str, **engine_args: Any) -> Frontend:
+    """Finds the model, decides every setting, loads. engine_args: fields of EngineArgs.
+
+    Raises ConfigError for a setting, ModelError for a model, that cannot be used.
+    """
+    args = EngineArgs.from_kwargs(model=model, **engine_args)
+    path = resolve_source(args.model)
+    facts = describe(path)
+    config = resolve(args, facts, machine_facts(), str(path))
+    tokenizer = load_tokenizer(path if args.tokenizer is None else resolve_source(args.tokenizer))
+    grammar = make_grammar(tokenizer, facts)
+    return Frontend.over(launch(config, grammar), facts, tokenizer, grammar)
+
+
+def make_grammar(tokenizer: Tokenizer, facts: ModelFacts) -> LLGuidanceBackend:
+    eos = dict.fromkeys((*tokenizer.eos_token_ids, *facts.eos_token_ids))
+    return LLGuidanceBackend(tokenizer.backend.to_str, facts.vocab_size, list(eos))
+
+
+class Client:
+    """The part of LLM and AsyncLLM that is the same."""
+
+    def __init__(self, model: str, **engine_args: Any) -> None:
+        """model: a known name, a Hugging Face directory or hub id, or a .gguf file; engine_args: see EngineArgs."""
+        self._attach(start(model, **engine_args))
+
+    @classmethod
+    def over(cls: type[C], frontend: Frontend) -> C:
+        """A client for a model that runs already; closing it closes the model."""
+        client = cls.__new__(cls)
+        client._attach(frontend)
+        return client
+
+    def _attach(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    @property
+    def config(self) -> EngineConfig:
+        """Every resolved setting; ``choices`` says why each has its value."""
+        return self._frontend.core.config
+
+    @property
+    def executor_info(self) -> WorkerInfo:
+        return self._frontend.core.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._frontend.tokenizer
+
+    def metrics(self) -> EngineStats:
+        return self._frontend.core.stats()
+
+    def _chat_prompt(self, messages: Sequence[Message], **options: Any) -> PromptInput:
+        """options: see ChatRenderer.render."""
+        # The template writes the special tokens out.
+        return PromptInput(text=self._frontend.chat.render(messages, **options), add_special_tokens=False)
+
+    def _scoring(self, text_1: str | list[str], text_2: str | list[str]) -> Scoring:
+        return Scoring(text_1, text_2, self.tokenizer, cross_encoder=self._frontend.facts.num_labels == 1)

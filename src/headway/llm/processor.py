@@ -1,0 +1,208 @@
+"""From a prompt and parameters to engine requests: tokenised, checked against the model, defaults filled in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+
+from headway.config import EngineConfig, ModelFacts
+from headway.engine import GrammarBackend
+from headway.errors import FieldError, RequestError
+from headway.llm.prompts import Prompt, PromptInput, as_input
+from headway.messages import PoolingParams, Request, SamplingParams
+from headway.scheduler.checks import check
+from headway.tokenizers import Tokenizer
+
+Params = SamplingParams | PoolingParams
+
+# Encodings hold offsets and strings beside the ids; a batch of this size keeps them few and the threads busy.
+TOKENIZE_BATCH = 512
+_SEED_BITS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One prompt ready to run: n engine requests, or one for pooling. delta: the caller wants tokens as they come."""
+
+    request_id: str
+    prompt: str | None
+    params: Params
+    requests: list[Request]
+    delta: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """What follows from a SamplingParams and the model alone, once for all prompts that share it."""
+
+    stop_token_ids: list[int]
+    bad_words_ids: list[list[int]]
+    needs_text: bool
+
+
+class Processor:
+    """Turns prompts into requests. Raises RequestError, before anything runs, for what the engine would refuse.
+
+    config: the running engine's. grammar: compiles constraints ahead, so that a bad one is refused here.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, facts: ModelFacts, config: EngineConfig, grammar: GrammarBackend | None = None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._facts = facts
+        self._config = config
+        self._grammar = grammar
+        self._random = random.Random(config.model.seed)
+        self._eos = list(dict.fromkeys((*tokenizer.eos_token_ids, *facts.eos_token_ids)))
+
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: Params, *, delta: bool = False, priority: int = 0
+    ) -> Prepared:
+        item = as_input(prompt)
+        (token_ids,) = self._tokenize([item])
+        return self._prepared(request_id, item, token_ids, params, self._decide(params), delta, priority)
+
+    def prepare_all(
+        self, request_ids: Iterator[str], prompts: Sequence[Prompt], params: Sequence[Params]
+    ) -> Iterator[Prepared]:
+        """In order; an error names the prompt's place. Only a batch of encodings is held at a time."""
+        decided: dict[int, tuple[Params, _Decided]] = {}  # by identity, which holds while the object is kept beside
+        for start in range(0, len(prompts), TOKENIZE_BATCH):
+            places = range(start, min(start + TOKENIZE_BATCH, len(prompts)))
+            items: list[PromptInput] = []
+            for i in places:
+                with _place(i, len(prompts)):
+                    items.append(as_input(prompts[i]))
+            for i, item, token_ids in zip(places, items, self._tokenize(items), strict=True):
+                with _place(i, len(prompts)):
+                    one = params[i]
+                    if id(one) not in decided:
+                        decided[id(one)] = one, self._decide(one)
+                    yield self._prepared(next(request_ids), item, token_ids, one, decided[id(one)][1])
+
+    def _tokenize(self, items: Sequence[PromptInput]) -> list[list[int]]:
+        ids = [item.token_ids for item in items]
+        for special in (True, False):
+            at = [i for i, item in enumerate(items) if item.text is not None and item.add_special_tokens is special]
+            texts = [items[i].text or "" for i in at]
+            for i, encoded in zip(at, self._tokenizer.encode_batch(texts, special), strict=True):
+                ids[i] = encoded
+        return [one or [] for one in ids]
+
+    def _prepared(
+        self,
+        request_id: str,
+        item: PromptInput,
+        token_ids: list[int],
+        params: Params,
+        decided: _Decided,
+        delta: bool = False,
+        priority: int = 0,
+    ) -> Prepared:
+        self._check_ids("prompt_token_ids", token_ids)
+        base = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            token_type_ids=item.token_type_ids,
+            cache_salt=item.cache_salt,
+            priority=priority,
+        )
+        if isinstance(params, PoolingParams):
+            self._check_length(token_ids, 0)
+            requests = [msgspec.structs.replace(base, pooling=params)]
+        else:
+            requests = self._samples(base, params, decided, delta)
+        check(requests[0], self._config)
+        return Prepared(request_id=request_id, prompt=item.text, params=params, requests=requests, delta=delta)
+
+    def _samples(self, base: Request, params: SamplingParams, decided: _Decided, delta: bool) -> list[Request]:
+        room = self._check_length(base.prompt_token_ids, 1)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(_SEED_BITS)
+        return [
+            msgspec.structs.replace(
+                base,
+                request_id=base.request_id if params.n == 1 else f"{base.request_id}/{i}",
+                sampling=params,
+                max_tokens=min(params.max_tokens or room, room),
+                seed=(seed + i) % (1 << _SEED_BITS),
+                stop_token_ids=decided.stop_token_ids,
+                bad_words_ids=decided.bad_words_ids,
+                stream=delta or decided.needs_text,
+            )
+            for i in range(params.n)
+        ]
+
+    def _check_length(self, token_ids: list[int], generated: int) -> int:
+        """How many tokens fit after the prompt; at least ``generated`` must."""
+        limit, length = self._config.model.max_model_len, len(token_ids)
+        if not length:
+            raise RequestError("prompt", "", "prompt has 0 tokens; at least 1 is needed")
+        if length + generated > limit:
+            room = f", of which {generated} must be left to generate" if generated and length == limit else ""
+            raise RequestError(
+                "prompt", f"{length} tokens", f"prompt has {length} tokens; max_model_len is {limit}{room}"
+            )
+        return limit - length
+
+    def _check_ids(self, field: str, token_ids: Iterable[int]) -> None:
+        size = self._facts.vocab_size
+        for token in token_ids:
+            if not 0 <= token < size:
+                raise RequestError(field, token, f"token ids of this model are 0 to {size - 1}")
+
+    def _decide(self, params: Params) -> _Decided:
+        """Checks parameters against the model."""
+        if isinstance(params, PoolingParams):
+            self._check_pooling(params)
+            return _Decided([], [], False)
+        if self._config.model.runner == "pooling":
+            raise RequestError(
+                "sampling", self._facts.architecture, "this model embeds and classifies; it cannot generate"
+            )
+        self._check_ids("stop_token_ids", params.stop_token_ids or ())
+        self._check_ids("logit_bias", params.logit_bias or ())
+        for field in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, field)
+            if count is not None and count > self._facts.vocab_size:
+                raise RequestError(field, count, f"the vocabulary has {self._facts.vocab_size} tokens")
+        if params.structured is not None and self._grammar is not None:
+            self._grammar.compile(params.structured)
+        eos = [] if params.ignore_eos else self._eos
+        return _Decided(
+            stop_token_ids=list(dict.fromkeys((*eos, *(params.stop_token_ids or ())))),
+            bad_words_ids=self._bad_words(params.bad_words or ()),
+            needs_text=bool(params.stop_strings),
+        )
+
+    def _check_pooling(self, params: PoolingParams) -> None:
+        labels = self._facts.num_labels
+        if params.task == "classify" and not labels:
+            raise RequestError("task", "classify", "this model has no classification head; embed is accepted")
+        if params.task == "score" and labels != 1:
+            raise RequestError("task", "score", f"needs a model with one label, this one has {labels}")
+        if params.dimensions is not None and params.dimensions > self._facts.hidden_size:
+            raise RequestError("dimensions", params.dimensions, f"must be at most {self._facts.hidden_size}")
+
+    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Each word as it starts a text and as it follows a space: they are different tokens."""
+        if not all(word.strip() for word in words):
+            raise RequestError("bad_words", list(words), "a word must have a character that is not a space")
+        forms = [form for word in words for form in (word.lstrip(), " " + word.lstrip())]
+        unique = dict.fromkeys(tuple(ids) for ids in self._tokenizer.encode_batch(forms, add_special_tokens=False))
+        return [list(ids) for ids in unique]
+
+
+@contextmanager
+def _place(index: int, count: int) -> Generator[None, None, None]:
+    """Names the prompt of a list that an error is about."""
+    try:
+        yield
+    except FieldError as error:
+        if count == 1:
+            raise
+        raise RequestError(f"prompts[{index}].{error.field}", error.value, error.accepted) from error

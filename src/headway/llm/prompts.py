@@ -1,0 +1,74 @@
+"""What a caller may give as a prompt, brought to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from headway.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptInput:
+    """Either text or token_ids is set.
+
+    add_special_tokens: put the tokenizer's own (BOS, [CLS], ...) around text; a chat template has written them out.
+    token_type_ids: segments of a pair. cache_salt: requests with different salts share no cached blocks.
+    """
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    token_type_ids: list[int] | None = None
+    add_special_tokens: bool = True
+    cache_salt: str = ""
+
+
+Prompt = str | Sequence[int] | Mapping[str, Any] | PromptInput
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids} (these may add cache_salt), or a PromptInput."""
+
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list. A list of integers is one prompt of token ids."""
+    if isinstance(prompts, (str, Mapping, PromptInput)):
+        return [prompts]
+    many = list(prompts)
+    return cast("list[Prompt]", [many] if many and isinstance(many[0], int) else many)
+
+
+def as_input(prompt: Prompt) -> PromptInput:
+    """RequestError if it is none of what Prompt says."""
+    if isinstance(prompt, PromptInput):
+        return prompt
+    if isinstance(prompt, str):
+        return PromptInput(text=prompt)
+    if isinstance(prompt, Mapping):
+        return _from_mapping(prompt)
+    return PromptInput(token_ids=_token_ids("prompt", prompt))
+
+
+def _from_mapping(prompt: Mapping[str, Any]) -> PromptInput:
+    unknown = [key for key in prompt if key not in _KEYS]
+    text, ids, salt = (prompt.get(key) for key in _KEYS)
+    if unknown or (text is None) == (ids is None):
+        raise RequestError("prompt", dict(prompt), "give exactly one of prompt, prompt_token_ids, and maybe cache_salt")
+    if not isinstance(salt or "", str):
+        raise RequestError("cache_salt", salt, "must be a string")
+    if ids is not None:
+        return PromptInput(token_ids=_token_ids("prompt_token_ids", ids), cache_salt=salt or "")
+    if not isinstance(text, str):
+        raise RequestError("prompt", text, "must be a string")
+    return PromptInput(text=text, cache_salt=salt or "")
+
+
+def _token_ids(field: str, ids: Any) -> list[int]:
+    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
+        raise RequestError(
+            field, ids, "must be text, a list of token ids, or an object with prompt or prompt_token_ids"
+        )
+    checked = list(cast("Sequence[Any]", ids))
+    if any(type(i) is not int for i in checked):
+        raise RequestError(field, checked, "token ids must be integers")
+    return checked
