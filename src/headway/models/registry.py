@@ -65,7 +65,7 @@ def _load_decoder(
     packer = DecoderPacker(
         spec,
         families.weight_map(checkpoint),
-        open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed),
+        open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed, dtype=dtype),
         ops,
         dtype,
         quantization=config.quantization,
@@ -95,7 +95,7 @@ def _load_encoder(
     if (shard.tensor_size, shard.pipeline_size) != (1, 1):
         raise ConfigError("tensor_parallel_size", shard.tensor_size, "must be 1 for an encoder: use replicas")
     dtype: torch.dtype = getattr(torch, config.dtype)
-    source = open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed)
+    source = open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed, dtype=dtype)
     packer = EncoderPacker(source, ops, dtype, config.quantization)
     weights = packer.weights(spec)
     return Encoder(

@@ -106,9 +106,9 @@ class TransformersDecoder:
 
 
 class _GivenHiddenStates(nn.Module):
-    """Stands where the body was: its input is its output."""
+    """Stands where the body was: its input is its output. Bodies are given theirs by position or by name."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)  # type: ignore[arg-type]
 
 

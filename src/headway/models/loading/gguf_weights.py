@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,22 @@ from headway.models.loading.config import Config
 from headway.models.loading.gguf_file import GGUFFile, GGUFTensor
 
 _FLOATS = {"F32": np.float32, "F16": np.float16}
+# Blocks dequantised at a time: they stay in cache until they are rounded to the compute type.
+_CHUNK = 1 << 12
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 class GGUFWeights:
     """The gguf package supplies names and dequantisation; it is imported here, where a GGUF file is at hand."""
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path, config: Config, dtype: torch.dtype) -> None:
         import gguf
         import gguf.quants
 
         self._gguf: Any = gguf
         self._file = GGUFFile(path)
-        self._config = config
+        self._config, self._dtype = config, dtype
+        self._threads = ThreadPoolExecutor(torch.get_num_threads())
         self._llama = config["model_type"] == "llama"
         arch = self._gguf.MODEL_ARCH[config["model_type"].upper()]
         layers = config.get("num_hidden_layers") or config["n_layer"]
@@ -59,13 +63,21 @@ class GGUFWeights:
             return torch.from_numpy(raw.view(np.int16).reshape(tensor.shape).copy()).view(torch.bfloat16)
         if tensor.type_name in _FLOATS:
             return torch.from_numpy(raw.view(_FLOATS[tensor.type_name]).reshape(tensor.shape).copy())
+        out = torch.empty(tensor.num_elements, dtype=self._dtype)
+        block_size, block_bytes = self._gguf.GGML_QUANT_SIZES[tensor.type_id]
+
+        def dequantise(block: int) -> None:
+            part = raw[block * block_bytes : (block + _CHUNK) * block_bytes]
+            floats = torch.from_numpy(self._gguf.quants.dequantize(part, kind))
+            out[block * block_size : (block + _CHUNK) * block_size] = floats
+
         kind = self._gguf.GGMLQuantizationType(tensor.type_id)
-        rows = raw.reshape(*tensor.shape[:-1], -1)
         try:
-            return torch.from_numpy(self._gguf.quants.dequantize(rows, kind))
+            list(self._threads.map(dequantise, range(0, len(raw) // block_bytes, _CHUNK)))
         except NotImplementedError as error:
             where = f"{self._file.path}: tensor {tensor.name}"
             raise ModelError(f"{where}: the gguf package cannot read {tensor.type_name}") from error
+        return out.view(tensor.shape)
 
     def _halves(self, weight: Tensor, part: str) -> Tensor:
         """GGUF interleaves each head's rotated pairs; Hugging Face keeps the two halves apart."""

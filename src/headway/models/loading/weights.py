@@ -24,14 +24,14 @@ class WeightSource(Protocol):
         ...
 
 
-def open_weights(path: Path, config: Config, *, load_format: str, seed: int) -> WeightSource:
-    """The weights of a directory or GGUF file; random ones for load_format "dummy"."""
+def open_weights(path: Path, config: Config, *, load_format: str, seed: int, dtype: torch.dtype) -> WeightSource:
+    """The weights of a directory or GGUF file; random ones for load_format "dummy". dtype: what GGUF dequantises to."""
     if load_format == "dummy":
         return DummyWeights(seed)
     if is_gguf(path):
         from headway.models.loading.gguf_weights import GGUFWeights
 
-        return GGUFWeights(path, config)
+        return GGUFWeights(path, config, dtype)
     headers = read_headers(path)
     if headers:
         return SafetensorsWeights(path, headers)
