@@ -155,4 +155,4 @@ def test_encoder_attention_sees_the_whole_prompt_and_no_other(ops: ReferenceOps)
 def test_cache_states_its_size(ops: ReferenceOps) -> None:
     kv = ops.allocate_kv(3, 5, 4, 2, 8, torch.bfloat16)
     assert (kv.num_blocks, kv.block_size, kv.nbytes) == (5, 4, 2 * 3 * 5 * 4 * 2 * 8 * 2)
-    assert ops.program_builder() is None
+    assert ops.program_builder(kv) is None
