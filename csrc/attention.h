@@ -60,11 +60,11 @@ struct ValueTile {
 };
 
 template <class D>
-INLINE void softmax_rows(AttentionState<D>& s, int64_t rows, int64_t group, int64_t first_key, int64_t groups16,
+INLINE void softmax_rows(AttentionState<D>& s, int64_t rows, int64_t heads, int64_t first_key, int64_t groups16,
                          int64_t first_position, int64_t window, float scale) {
   static const v16i lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t position = first_position + r / group;
+    const int64_t position = first_position + r / heads;
     const int32_t last = (int32_t)(position - first_key);
     const int32_t first = window ? (int32_t)(position - window + 1 - first_key) : INT32_MIN;
     const bool masked = last < groups16 * 16 - 1 || first > 0;
@@ -92,17 +92,17 @@ INLINE void softmax_rows(AttentionState<D>& s, int64_t rows, int64_t group, int6
   }
 }
 
-// q and out point at token 0 of the step; strides in elements.
+// Query heads first_head .. + heads, which share kv head `head`, of `count` tokens of a run. q and out point at token 0 of the step; strides in elements.
 template <class D>
 void attend(AttentionState<D>& s, const KvLayout& kv, const char* layer, const Runs& runs, int64_t run, int64_t head,
-            int64_t token, int64_t count, int64_t group, const typename D::Element* q, int64_t q_stride,
-            typename D::Element* out, int64_t out_stride, float scale, int64_t window) {
-  const int64_t d = kv.head_dim, size = kv.block_size, groups = d / D::P, rows = count * group;
+            int64_t token, int64_t count, int64_t first_head, int64_t heads, const typename D::Element* q,
+            int64_t q_stride, typename D::Element* out, int64_t out_stride, float scale, int64_t window) {
+  const int64_t d = kv.head_dim, size = kv.block_size, groups = d / D::P, rows = count * heads;
   const int64_t first_position = runs.context[run] - runs.start[run + 1] + runs.start[run] + token;
   const int64_t row0 = runs.start[run] + token;
   const int32_t* table = runs.table + (runs.table_row ? runs.table_row[run] : run) * runs.table_stride;
   for (int64_t r = 0; r < rows; r++) {
-    const typename D::Element* from = q + (row0 + r / group) * q_stride + (head * group + r % group) * d;
+    const typename D::Element* from = q + (row0 + r / heads) * q_stride + (first_head + r % heads) * d;
     __builtin_memcpy(s.q + r * groups, from, d * sizeof(typename D::Element));
     s.top[r] = -1e30f, s.sum[r] = 0.f;
     for (int64_t i = 0; i < d; i += 16) store(s.out + r * d + i, splat(0.f));
@@ -125,14 +125,14 @@ void attend(AttentionState<D>& s, const KvLayout& kv, const char* layer, const R
     int64_t next16 = locate(first + CHUNK, s.next_key, s.next_value);
     for (int64_t g = 0; g < groups16; g += 2)
       for_tiles(rows, ScoreTile<D>{s, groups, size, g, g + 1 < groups16 ? g + 1 : g});
-    softmax_rows<D>(s, rows, group, first, groups16, first_position, window, scale);
+    softmax_rows<D>(s, rows, heads, first, groups16, first_position, window, scale);
     for (int64_t c = 0; c < d; c += 32)
       for_tiles(rows, ValueTile<D>{s, d, c, c + 16 < d ? c + 16 : c, groups16});
     for (int g = 0; g < CHUNK / 16; g++) s.key[g] = s.next_key[g], s.value[g] = s.next_value[g];
     groups16 = next16;
   }
   for (int64_t r = 0; r < rows; r++) {
-    typename D::Element* to = out + (row0 + r / group) * out_stride + (head * group + r % group) * d;
+    typename D::Element* to = out + (row0 + r / heads) * out_stride + (first_head + r % heads) * d;
     const float inverse = 1.f / s.sum[r];
     for (int64_t i = 0; i < d; i += 16) D::store16(to + i, load(s.out + r * d + i) * inverse);
   }
@@ -153,15 +153,18 @@ void attention(Team& team, const KvLayout& kv, int64_t layer, const Runs& runs, 
                int64_t heads, const void* q, int64_t q_stride, void* out, int64_t out_stride, float scale, int64_t window) {
   typedef typename D::Element E;
   const int64_t group = heads / kv.kv_heads, step = group >= MAX_ROWS ? 1 : MAX_ROWS / group;
-  const int64_t items = num_tasks * kv.kv_heads;
+  const int64_t parts = (group + MAX_ROWS - 1) / MAX_ROWS, per_task = kv.kv_heads * parts;  // parts: 1, but for huge groups
+  const int64_t items = num_tasks * per_task;
   int64_t grain = items / (16 * team.threads);
   alignas(64) AttentionState<D> state;
   team.each(items, grain > 1 ? grain : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      const int64_t run = tasks[i / kv.kv_heads * 2], token = tasks[i / kv.kv_heads * 2 + 1];
+      const int64_t run = tasks[i / per_task * 2], token = tasks[i / per_task * 2 + 1];
+      const int64_t head = i % per_task / parts, part = i % parts * MAX_ROWS;
       const int64_t left = runs.start[run + 1] - runs.start[run] - token;
-      attend<D>(state, kv, (const char*)kv.base + layer * kv.layer_stride, runs, run, i % kv.kv_heads, token,
-                left < step ? left : step, group, (const E*)q, q_stride, (E*)out, out_stride, scale, window);
+      attend<D>(state, kv, (const char*)kv.base + layer * kv.layer_stride, runs, run, head, token, left < step ? left : step,
+                head * group + part, group - part < MAX_ROWS ? group - part : MAX_ROWS, (const E*)q, q_stride, (E*)out,
+                out_stride, scale, window);
     }
   });
 }

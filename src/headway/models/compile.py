@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from headway.models.decoder import Decoder, Norm
 
 
-def compile_decoder(model: Decoder, builder: Any, kv: Any, *, max_tokens: int, max_runs: int) -> Any:
+def compile_decoder(model: Decoder, builder: Any, *, max_tokens: int, max_runs: int) -> Any:
     """The step of every family of DecoderSpec. max_tokens, max_runs: the most one step may hold."""
     spec = model.spec
     table = model.head if spec.tie_embeddings else model.embed
@@ -49,7 +49,6 @@ def compile_decoder(model: Decoder, builder: Any, kv: Any, *, max_tokens: int, m
     if model.head is not None:
         builder.head(head_from, model.head)
     return builder.finish(
-        kv,
         num_heads=model.num_heads,
         cos_sin=model.cos_sin,
         scale=model.scale,

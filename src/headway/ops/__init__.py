@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from headway.ops.port import Ops
 
 
-def get_ops(name: str, *, threads: int = 1) -> Ops:
-    """The implementation of that name, computing with that many threads. Raises ConfigError for an unknown name."""
+def get_ops(name: str, *, threads: int = 1, isa: str = "auto") -> Ops:
+    """The implementation of that name, with that many threads; isa: instruction set of the cpu kernels.
+
+    Raises ConfigError for an unknown name, or kernels this machine lacks.
+    """
     if name == "reference":
         from headway.ops.reference import ReferenceOps
 
@@ -19,5 +22,5 @@ def get_ops(name: str, *, threads: int = 1) -> Ops:
     if name == "cpu":
         from headway.ops.cpu import CpuOps
 
-        return CpuOps(threads=threads)
+        return CpuOps(threads=threads, isa=isa)
     raise ConfigError("ops", name, "must be one of: reference, cpu")

@@ -116,6 +116,6 @@ class Ops(Protocol):
         """Bidirectional attention inside each of R packed sequences; no cache."""
         ...
 
-    def program_builder(self) -> Any | None:
-        """A builder that compiles a whole step into one native call, or None where there is none."""
+    def program_builder(self, kv: KVCache) -> Any | None:
+        """A builder that compiles a whole step over this cache into one native call, or None where there is none."""
         ...

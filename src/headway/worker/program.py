@@ -13,7 +13,7 @@ class Want(IntEnum):
     """What becomes of a row that ends in this step."""
 
     ARGMAX = 0
-    SAMPLE = 1  # from softmax(logits / temperature), as the sampler documents
+    SAMPLE = 1  # as the sampler documents, unless its logits are adjusted first
     LOGITS = 2  # left to the host
 
 

@@ -119,7 +119,7 @@ class DecoderRunner:
 
 def _wants(kinds: Int32Array) -> Int32Array:
     simple = np.where(kinds & Kind.GREEDY, np.int32(Want.ARGMAX), np.int32(Want.SAMPLE))
-    return np.where(kinds & (Kind.FILTERED | Kind.ADJUSTED), np.int32(Want.LOGITS), simple)
+    return np.where(kinds & Kind.ADJUSTED, np.int32(Want.LOGITS), simple)
 
 
 class EncoderRunner:

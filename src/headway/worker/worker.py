@@ -36,7 +36,7 @@ class Worker:
         config = self._config
         torch.set_num_threads(config.device.threads)
         began = time.perf_counter()
-        ops = get_ops(config.device.ops, threads=config.device.threads)
+        ops = get_ops(config.device.ops, threads=config.device.threads, isa=config.device.isa)
         model = load_model(config.model, ops, self._shard())
         loaded = time.perf_counter()
         kv: KVCache | None = None
@@ -83,14 +83,14 @@ class Worker:
 
     def _compile(self, model: CausalModel, ops: Ops, kv: KVCache) -> Program | None:
         """The model's step as one native call, where the kernels and the architecture have one."""
-        builder = None if self._config.device.enforce_eager else ops.program_builder()
+        builder = None if self._config.device.enforce_eager else ops.program_builder(kv)
         if builder is None or not isinstance(model, Decoder) or model.head is None:
             return None
         from headway.models.compile import compile_decoder
 
         scheduler = self._config.scheduler
         return compile_decoder(
-            model, builder, kv, max_tokens=scheduler.max_num_batched_tokens, max_runs=scheduler.max_num_seqs
+            model, builder, max_tokens=scheduler.max_num_batched_tokens, max_runs=scheduler.max_num_seqs
         )
 
     def _warm_up(self) -> None:

@@ -132,8 +132,8 @@ class CpuOps(ReferenceOps):
         )  # fmt: skip
         return out
 
-    def program_builder(self) -> ProgramBuilder:
-        return ProgramBuilder(self.kernels, self.threads)
+    def program_builder(self, kv: object) -> ProgramBuilder | None:
+        return ProgramBuilder(self.kernels, self.threads, kv) if isinstance(kv, CpuKVCache) else None
 
 
 def supports_paged(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:

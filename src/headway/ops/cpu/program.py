@@ -27,8 +27,8 @@ ARGMAX, SAMPLE, LOGITS, HIDDEN = 0, 1, 2, 3  # what a row wants (csrc/abi.h, Ste
 class ProgramBuilder:
     """Collects operations; ``finish`` allocates the buffers. Widths are in elements."""
 
-    def __init__(self, kernels: abi.Kernels, threads: int) -> None:
-        self._kernels, self._threads = kernels, threads
+    def __init__(self, kernels: abi.Kernels, threads: int, kv: CpuKVCache) -> None:
+        self._kernels, self._threads, self._kv = kernels, threads, kv
         self._ops: list[abi.Op] = []
         self._keep: list[object] = []
         self._widths = [0] * 6
@@ -79,7 +79,6 @@ class ProgramBuilder:
 
     def finish(
         self,
-        kv: CpuKVCache,
         *,
         num_heads: int,
         cos_sin: Tensor | None,
@@ -89,8 +88,8 @@ class ProgramBuilder:
         max_tokens: int,
         max_runs: int,
     ) -> CpuProgram:
-        self._widen(abi.BUF_ATTN, num_heads * kv.layout.head_dim)
-        self._keep.append(kv)
+        self._widen(abi.BUF_ATTN, num_heads * self._kv.layout.head_dim)
+        self._keep.append(self._kv)
         ops = (abi.Op * len(self._ops))(*self._ops)
         strides = [_stride(w, 4 if i == abi.BUF_X else dtype.itemsize) for i, w in enumerate(self._widths)]
         rows = [max_runs if i == abi.BUF_ROWS else max_tokens for i in range(6)]
@@ -99,7 +98,7 @@ class ProgramBuilder:
         logits = torch.empty(max_runs, -(-self._vocab // 32) * 32)
         scratch = torch.zeros(8 * (max_tokens + max_runs) + 64, dtype=torch.int32)
         program = abi.Program(
-            ops=ops, num_ops=len(ops), kv=kv.layout, num_heads=num_heads,
+            ops=ops, num_ops=len(ops), kv=self._kv.layout, num_heads=num_heads,
             rotary_dim=0 if cos_sin is None else cos_sin.shape[1], cos_sin=self._tensor(cos_sin),
             attention_scale=scale, window=window or 0, dtype=CODE[dtype], threads=self._threads,
             buffers=(ctypes.c_void_p * 6)(*(b.data_ptr() for b in buffers)), strides=(ctypes.c_int64 * 6)(*strides),
