@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from headway.errors import ModelError
 from headway.models.describe import describe
 from headway.models.loading.gguf_file import GGUFFile
 from headway.models.source import resolve_source
@@ -22,7 +23,13 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def write_gguf(
-    model: Any, arch: str, path: Path, *, kind: str = "F32", extra: dict[str, np.ndarray[Any, Any]] | None = None
+    model: Any,
+    arch: str,
+    path: Path,
+    *,
+    kind: str = "F32",
+    extra: dict[str, np.ndarray[Any, Any]] | None = None,
+    without: str = "",
 ) -> Path:
     """As the usual converter lays a model out: rotated pairs interleaved for llama, no transposed linears."""
     config = model.config
@@ -43,7 +50,7 @@ def write_gguf(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
     quantization = gguf.GGMLQuantizationType[kind]
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == without or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue
         w = weight.T if name.endswith(CONV1D) else weight
         if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -102,6 +109,23 @@ def test_long_rope_factors_stored_as_a_tensor(
     path = write_gguf(reference, "llama", tmp_path / "m.gguf", extra={"rope_freqs.weight": factors})
     found = paged(load(path), prompts).logits({0: len(prompts[0])})[0]
     torch.testing.assert_close(found, logits_of(reference, prompts[0]), **TOLERANCE)
+
+
+@pytest.mark.parametrize("lost", ["attn_q.weight", "attn_norm.weight"])
+def test_missing_tensor_is_named(lost: str, checkpoint: Make, load: Make, tmp_path: Path) -> None:
+    name = {"attn_q.weight": "self_attn.q_proj.weight", "attn_norm.weight": "input_layernorm.weight"}[lost]
+    reference, _ = checkpoint("llama")
+    path = write_gguf(reference, "llama", tmp_path / "m.gguf", without=f"model.layers.2.{name}")
+    with pytest.raises(ModelError, match=rf"m\.gguf: tensor blk\.2\.{lost} is missing"):
+        load(path)
+
+
+def test_tensor_of_another_shape_than_the_metadata_says(checkpoint: Make, load: Make, tmp_path: Path) -> None:
+    reference, _ = checkpoint("llama")
+    reference.config.intermediate_size = 80
+    path = write_gguf(reference, "llama", tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"blk\.0\.ffn_gate\.weight has shape \(88, 48\)"):
+        load(path)
 
 
 def test_facts_come_from_the_metadata() -> None:

@@ -37,14 +37,14 @@ class Decoder:
         dtype: torch.dtype,
         *,
         pooling_spec: PoolingSpec,
-        max_positions: int,
+        max_model_len: int,
         shard: Shard,
         comm: Comm | None,
     ) -> None:
         assert (shard.tensor_size > 1) == (comm is not None), "tensor parallel ranks need a Comm, a single rank none"
         self.spec, self.ops, self.dtype, self.shard, self.comm = spec, ops, dtype, shard, comm
         self.pooling_spec = pooling_spec
-        self.max_positions = max_positions
+        self.max_positions = spec.max_positions
         self.vocab_size, self.num_labels = spec.vocab_size, spec.num_labels
         self.num_heads = spec.num_heads // shard.tensor_size
         self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
@@ -53,7 +53,7 @@ class Decoder:
         self.embed, self.positions, self.project_in = weights.embed, weights.positions, weights.project_in
         self.project_out, self.final_norm = weights.project_out, weights.final_norm
         self.head, self.score = weights.head, weights.score
-        self.cos_sin = None if spec.rotary is None else cos_sin_table(spec.rotary, max_positions)
+        self.cos_sin = None if spec.rotary is None else cos_sin_table(spec.rotary, max_model_len)
         self.weights_bytes = weights.nbytes
 
     def kv_bytes_per_block(self, block_size: int) -> int:

@@ -78,7 +78,7 @@ def _load_decoder(
         ops,
         dtype,
         pooling_spec=read_pooling(path, checkpoint, default="last"),
-        max_positions=spec.max_positions,
+        max_model_len=min(spec.max_positions, config.max_model_len),
         shard=shard,
         comm=comm,
     )
