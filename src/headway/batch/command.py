@@ -1,0 +1,86 @@
+"""headway batch: a file of rows in, a file of answered rows out."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from headway.batch.options import BatchOptions
+from headway.batch.rows import count_lines, read_rows
+from headway.batch.runner import BatchRun, Tally
+from headway.batch.writer import OrderedWriter
+from headway.config import EngineArgs
+from headway.errors import ConfigError
+from headway.llm import AsyncLLM
+
+
+def run(options: BatchOptions, args: EngineArgs) -> int:
+    """Exit status 0, or 1 if no row could be answered. An interrupt keeps what is done."""
+    began = time.perf_counter()
+    source, target = _paths(options)
+    writer = OrderedWriter(target)
+    try:
+        with writer:
+            tally, said = asyncio.run(_answer(source, writer, options, args, began))
+    except BaseException:
+        if writer.written:
+            print(f"headway: {writer.written} answered rows are kept in {writer.partial}", file=sys.stderr)
+        raise
+    print(said)
+    return 1 if tally.rows and tally.failed == tally.rows else 0
+
+
+def _paths(options: BatchOptions) -> tuple[Path, Path]:
+    source, target = Path(options.input), Path(options.output)
+    if not source.exists() or source.is_dir():
+        raise ConfigError("input", options.input, "no such file" if not source.exists() else "is a directory")
+    if target.exists() and target.samefile(source):
+        raise ConfigError("output", options.output, "must be another file than the input")
+    return source, target
+
+
+async def _answer(
+    source: Path, writer: OrderedWriter, options: BatchOptions, args: EngineArgs, began: float
+) -> tuple[Tally, str]:
+    defaults = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
+    async with AsyncLLM(**asdict(args)) as llm:
+        started = time.perf_counter()
+        with Progress(count_lines(source)) as progress:
+            tally = await BatchRun(llm, writer, progress.update).run(read_rows(source, defaults))
+        elapsed = time.perf_counter() - started
+        return tally, summary(llm, tally, started - began, elapsed)
+
+
+def summary(llm: AsyncLLM, tally: Tally, startup_s: float, elapsed_s: float) -> str:
+    """One line: what was done, how fast, and what ran."""
+    info = llm.executor_info
+    why = next(c.reason for c in llm.config.choices if c.name == "distributed_executor_backend")
+    return (
+        f"{tally.rows - tally.failed} rows answered, {tally.failed} failed: {tally.output_tokens} tokens in "
+        f"{elapsed_s:.1f} s ({tally.output_tokens / elapsed_s:.0f} tokens/s) after {startup_s:.1f} s of start-up; "
+        f"executor {info.executor} ({why}), {info.threads} threads, kernels {info.kernels}"
+    )
+
+
+class Progress:
+    """Rows, tokens a second and the time left, on a terminal; nothing elsewhere."""
+
+    def __init__(self, total: int | None) -> None:
+        self._bar = tqdm(total=total, unit="row", dynamic_ncols=True, disable=None)
+        self._began = time.perf_counter()
+
+    def update(self, tally: Tally) -> None:
+        rate = tally.output_tokens / (time.perf_counter() - self._began)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
