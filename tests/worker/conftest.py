@@ -60,3 +60,12 @@ def new_driver(request: pytest.FixtureRequest, tiny_llama: tuple[Any, Path]) -> 
     yield make
     for worker in workers:
         worker.close()
+
+
+@pytest.fixture(scope="session")
+def reference_driver(tiny_llama: tuple[Any, Path]) -> Iterator[Driver]:
+    """A driver of a worker on the reference kernels."""
+    worker = Worker(engine_config(tiny_llama[1]))
+    worker.load()
+    yield Driver(worker)
+    worker.close()

@@ -59,6 +59,21 @@ def test_greedy_tokens_and_logprobs_equal_transformers(new_driver: NewDriver, ti
         assert row.rank == 1 + int((expected > expected[row.token_ids[0]]).sum())
 
 
+def test_all_kernels_draw_the_same_tokens(new_driver: NewDriver, reference_driver: Driver) -> None:
+    """Eight seeds of every way to filter."""
+    filters = [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}]
+    for params in filters:
+        drivers = [new_driver(), reference_driver]
+        outputs: list[dict[int, list[int]]] = []
+        for driver in drivers:
+            for slot in range(8):
+                driver.add(slot, PROMPTS[2], sampling=SamplingParams(temperature=1.1, **params), seed=100 + slot)
+            outputs.append(driver.generate(10))
+            for slot in range(8):
+                driver.release(slot)
+        assert outputs[0] == outputs[1], params
+
+
 def test_chunked_prefill_equals_whole(new_driver: NewDriver, together: dict[int, list[int]]) -> None:
     driver = new_driver()
     fill(driver, [0, 1, 2, 3, 4])
