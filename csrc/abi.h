@@ -50,7 +50,7 @@ struct Op {
   int32_t code, src, dst, mode;  // mode: LinearMode or NormKind
   int32_t act, flags, layer, pad;
   const Linear* linear;    // LINEAR, HEAD; EMBED from a tied head
-  const void* table;       // EMBED: [vocab, k] in the compute dtype, when linear is null
+  const void* table;       // EMBED: [vocab, k] in the compute dtype; with linear null too, only positions are added
   const void* positions;   // EMBED: learned positions [., k] float32, or null
   const float* weight;     // NORM; ROTARY_KV: q_norm
   const float* bias;       // NORM; ROTARY_KV: k_norm

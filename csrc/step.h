@@ -45,7 +45,7 @@ void embed_rows(Team& team, const Program& p, const Op& op, const StepPlan& plan
       float* to = x + t * p.strides[BUF_X];
       if (op.linear) {
         packed_row<D>(*op.linear, plan.tokens[t], to);
-      } else {
+      } else if (op.table) {
         const E* from = (const E*)op.table + plan.tokens[t] * op.width;
         for (int64_t i = 0; i < op.width; i++) to[i] = D::get(from[i]);
       }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from headway.models.layers import EmbeddingTable
 from headway.ops.cpu import abi
 
 if TYPE_CHECKING:
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
 def compile_decoder(model: Decoder, builder: Any, *, max_tokens: int, max_runs: int) -> Any:
     """The step of every family of DecoderSpec. max_tokens, max_runs: the most one step may hold."""
     spec = model.spec
-    table = model.head if spec.tie_embeddings else model.embed
-    builder.embed(table, model.positions, spec.position_offset)
+    builder.embed(model.embed.weight if isinstance(model.embed, EmbeddingTable) else model.embed)
     if model.project_in is not None:
         builder.norm(abi.NORM_NONE, model.project_in.in_features)
         builder.linear(abi.BUF_H, abi.BUF_X, model.project_in, abi.LIN_SET)
+    if model.positions is not None:
+        builder.add_positions(model.positions, spec.position_offset)
     if not spec.norm_first:
         builder.norm(abi.NORM_NONE, spec.hidden_size)
     for index, layer in enumerate(model.layers):

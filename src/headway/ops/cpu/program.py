@@ -33,15 +33,19 @@ class ProgramBuilder:
         self._keep: list[object] = []
         self._widths = [0] * 6
 
-    def embed(self, source: CpuLinear | Tensor, positions: Tensor | None, position_offset: int) -> None:
-        """source: a tied head, or a table [vocab, width] in the compute dtype; positions float32 or None."""
+    def embed(self, source: CpuLinear | Tensor) -> None:
+        """Rows of a tied head, or of a table [vocab, width] in the compute dtype, to X."""
         tied = isinstance(source, CpuLinear)
         width = source.in_features if tied else source.shape[1]
-        op = self._op(abi.OP_EMBED, dst=abi.BUF_X, width=width, position_offset=position_offset)
+        op = self._op(abi.OP_EMBED, dst=abi.BUF_X, width=width)
         op.linear = self._linear(source) if tied else None
         op.table = None if tied else self._tensor(source)
-        op.positions = self._tensor(positions)
         self._widen(abi.BUF_X, width)
+
+    def add_positions(self, positions: Tensor, offset: int) -> None:
+        """Learned positions [positions, width] float32, to X."""
+        op = self._op(abi.OP_EMBED, dst=abi.BUF_X, width=positions.shape[1], position_offset=offset)
+        op.positions = self._tensor(positions)
 
     def norm(
         self,
