@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.engine.structured import LLGuidanceBackend, LLGuidanceMatcher
-from headway.errors import RequestError
+from headway.errors import ModelError, RequestError
 from headway.messages import StructuredOutput
 from headway.tokenizers import Tokenizer, load_tokenizer
 
@@ -180,3 +180,30 @@ def test_a_compiled_constraint_is_remembered(tokenizer: Tokenizer) -> None:
     for i in range(100):
         backend.compile(StructuredOutput(regex=f"{i}a+"))
     assert len(calls) == 1
+
+
+def test_a_tokenizer_that_cannot_be_constrained_is_a_model_error(tokenizer: Tokenizer) -> None:
+    backend = LLGuidanceBackend(tokenizer.backend.to_str, 256, EOS)  # fewer rows than tokens
+    with pytest.raises(ModelError, match="cannot constrain this model's tokenizer"):
+        backend.compile(StructuredOutput(regex="a"))
+
+
+def test_a_dead_end_allows_only_an_end_that_is_not_accepted(backend: LLGuidanceBackend, tokenizer: Tokenizer) -> None:
+    # Every "a" may be the one that counts: the states of the automaton double with each.
+    matcher = backend.compile(StructuredOutput(regex="(.*a.{400}){3}"))
+    (a,) = tokenizer.encode("a")
+    for _ in range(200):
+        matcher.mask()
+        if not matcher.accept(a):
+            break
+    assert allowed(matcher) == set(EOS)
+    assert not matcher.accept(a)
+    assert not matcher.accept(EOS[0])
+
+
+def test_an_ambiguous_grammar_is_bounded_in_time(backend: LLGuidanceBackend, tokenizer: Tokenizer) -> None:
+    matcher = backend.compile(StructuredOutput(grammar='start: s\ns: s s | "a" | "a" "a" s'))
+    (a,) = tokenizer.encode("a")
+    start = time.perf_counter()
+    steps = next(i for i in range(10_000) if not (matcher.mask() and matcher.accept(a)))
+    assert (time.perf_counter() - start) / steps < 0.05

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from headway.errors import MissingDependencyError, RequestError
+from headway.errors import MissingDependencyError, ModelError, RequestError
 from headway.messages import StructuredOutput
 
 if TYPE_CHECKING:
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 MAX_SOURCE_CHARS = 512 * 1024
 CACHED_CONSTRAINTS = 64
-# llguidance's other limits hold as they are: about 20 ms to build a grammar, 15 ms for a step. A state takes 1-2 kB.
-MAX_LEXER_STATES = 50_000
+# llguidance's other limits hold as they are: about 20 ms to build a grammar, 15 ms to scan a step's tokens.
+MAX_LEXER_STATES = 50_000  # 1-2 kB each
+# Parser items a position may have: at the library's 2000, an ambiguous grammar takes 0.3 s a step; at 500, 10 ms. A
+# JSON object needs 4 per optional property.
+MAX_ITEMS = 500
 # Without a bound, a small model that is unsure what comes next writes spaces until max_tokens.
 JSON_OPTIONS = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,20}"}
 
@@ -40,7 +43,10 @@ class LLGuidanceBackend:
         self._compiled: OrderedDict[bytes, LLMatcher] = OrderedDict()
 
     def compile(self, constraint: StructuredOutput) -> LLGuidanceMatcher:
-        """Raises RequestError naming the constraint's field, MissingDependencyError without llguidance."""
+        """Raises RequestError naming the constraint's field, MissingDependencyError without llguidance.
+
+        ModelError for a tokenizer that llguidance does not know how to read.
+        """
         field = next(f for f in constraint.__struct_fields__ if getattr(constraint, f) is not None)
         key = msgspec.json.encode(constraint)
         if len(key) > MAX_SOURCE_CHARS:
@@ -64,7 +70,7 @@ class LLGuidanceBackend:
             message = "structured output needs llguidance: pip install 'headway[grammar]'"
             raise MissingDependencyError(message) from error
         source = _SOURCES[field](value, LLMatcher)
-        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+        limits = LLParserLimits(max_items_in_row=MAX_ITEMS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         matcher = LLMatcher(self._tables(), source, log_level=0, limits=limits)
         if matcher.is_error():
             raise RequestError(f"structured.{field}", value, matcher.get_error())
@@ -80,7 +86,10 @@ class LLGuidanceBackend:
         with self._lock:
             if self._tokenizer is None:
                 eos = list(self._eos) or None
-                self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=eos)
+                try:
+                    self._tokenizer = LLTokenizer(self._tokenizer_json(), n_vocab=self._vocab_size, eos_token=eos)
+                except ValueError as error:
+                    raise ModelError(f"llguidance cannot constrain this model's tokenizer: {error}") from error
             return self._tokenizer
 
 
