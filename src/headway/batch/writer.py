@@ -15,7 +15,7 @@ class OrderedWriter:
     """Rows may be put in any order; each is written once all before it are.
 
     Rows go to ``PATH.partial``, which becomes PATH on a clean exit. On an exception or an interrupt it stays, with
-    every row that was put. Raises ConfigError where it cannot be written.
+    every row that was put, if any was. Raises ConfigError where it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,3 +57,5 @@ class OrderedWriter:
         self._file.close()
         if kind is None:
             self.partial.replace(self.path)
+        elif not self.written:
+            self.partial.unlink()

@@ -1,0 +1,39 @@
+"""The benchmarks on the real demo model, at a size of seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from headway.cli import main
+
+ENGINE = ["--model", "smollm2-135m-instruct", "--kv-cache-memory-bytes", "200000000", "--max-model-len", "512"]
+
+
+def test_throughput_reports_the_workload_it_ran(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "report.json"
+    sizes = ["--input-len", "8", "--output-len", "4", "--num-prompts", "3", "--repeats", "2", "--seed", "1"]
+    assert main(["bench", "throughput", *ENGINE, *sizes, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert json.loads(capsys.readouterr().out) == report
+    assert (report["input_len"], report["output_len"], report["num_prompts"]) == (8, 4, 3)
+    assert len(report["elapsed_s"]) == 2
+    slower = max(report["elapsed_s"])
+    assert abs(report["output_tokens_per_s"] * slower - 12) < 0.5
+    assert abs(report["rows_per_s"] * slower - 3) < 0.2
+    assert report["startup_s"] > 0
+    assert (report["executor"], report["async_scheduling"], report["enable_prefix_caching"]) == ("uni", True, False)
+    assert report["peak_rss_mb"] > 270  # the weights alone
+    assert {"headway", "torch"} <= set(report["versions"])
+
+
+def test_latency_reports_percentiles(tmp_path: Path, capsys) -> None:
+    assert main(["bench", "latency", *ENGINE, "--input-len", "8", "--output-len", "5", "--num-prompts", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    for name in ("ttft_ms", "tpot_ms", "itl_ms"):
+        assert 0 < report[name]["p50"] <= report[name]["p90"] <= report[name]["p99"]
+
+
+def test_a_report_that_cannot_be_written_costs_no_measurement(capsys) -> None:
+    assert main(["bench", "throughput", "--model", "no-such-model", "--json", "/absent/report.json"]) == 2
+    assert "json='/absent/report.json'" in capsys.readouterr().err

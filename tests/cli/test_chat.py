@@ -1,0 +1,51 @@
+"""headway chat, as a process with a person on the other end of the pipe."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+COMMAND = [
+    *(sys.executable, "-m", "headway", "chat", "--model", "smollm2-135m-instruct", "--temperature", "0"),
+    *("--kv-cache-memory-bytes", "200000000", "--max-model-len", "1024", "--max-tokens", "80"),
+]
+
+
+@pytest.fixture
+def chat() -> Iterator[subprocess.Popen[str]]:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        yield process
+        process.kill()
+
+
+def test_a_conversation_remembers_and_ends_with_its_input(chat: subprocess.Popen[str]) -> None:
+    out, err = chat.communicate("Let us talk about whales.\n\nWhich animal do we talk about?\n", timeout=90)
+    assert chat.returncode == 0
+    assert err == ""
+    assert "hale" in out.strip().splitlines()[-1]
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(chat: subprocess.Popen[str]) -> None:
+    assert chat.stdin
+    assert chat.stdout
+    chat.stdin.write("Write a very long story about the sea.\n")
+    chat.stdin.flush()
+    assert chat.stdout.read(1)
+    chat.send_signal(signal.SIGINT)
+    out, err = chat.communicate("What is the capital of France?\n", timeout=90)
+    assert chat.returncode == 0
+    assert err == ""
+    assert " ..." in out
+    assert "Paris" in out.rpartition(" ...")[2]
+
+
+def test_what_is_too_long_is_refused_and_forgotten(chat: subprocess.Popen[str]) -> None:
+    out, err = chat.communicate("word " * 2000 + "\nWhat is 2+2?\n", timeout=90)
+    assert chat.returncode == 0
+    assert "1024" in err
+    assert "4" in out
