@@ -73,8 +73,8 @@ prompts = st.builds(
 
 
 @st.composite
-def sampling_requests(draw: st.DrawFn) -> Request:
-    prompt = draw(prompts)
+def sampling_requests(draw: st.DrawFn, prompt: list[int] | None = None) -> Request:
+    prompt = prompt or draw(prompts)
     max_tokens = draw(st.integers(1, MAX_LEN - len(prompt)))
     structured = draw(st.sampled_from([None, None, None, StructuredOutput(regex=".*")]))
     sampling = SamplingParams(
@@ -107,7 +107,7 @@ configs = st.builds(
     ),
     st.sampled_from([2, 4, 8]),
     st.integers(0, 6),
-    st.booleans(),
+    st.sampled_from([True, True, False]),
     st.integers(1, 6),
     st.integers(1, 40),
     st.sampled_from(["fcfs", "priority"]),
@@ -135,6 +135,16 @@ class EngineMachine(RuleBasedStateMachine):
     def generate(self, requests: list[Request]) -> None:
         for request in requests:
             self._add(request)
+
+    @precondition(lambda self: len(self.open) < len(self.requests))
+    @rule(data=st.data())
+    def go_on(self, data: st.DataObject) -> None:
+        """A next turn: the prompt is an earlier request's prompt and answer, so decoded blocks may be reused."""
+        before = data.draw(st.sampled_from([r for name, r in self.requests.items() if name not in self.open]))
+        prompt = before.prompt_token_ids + [t for o in self.outputs[before.request_id] for t in o.token_ids] + [1]
+        request = data.draw(sampling_requests(prompt[: MAX_LEN - 1]))
+        request.cache_salt = before.cache_salt
+        self._add(request)
 
     @rule(prompt=st.lists(st.integers(1, 2), min_size=1, max_size=MAX_LEN))
     def pool(self, prompt: list[int]) -> None:

@@ -180,6 +180,16 @@ def test_requests_enter_in_order_of_arrival_or_priority() -> None:
         assert [next(iter(driver.step())) for _ in range(3)] == expected
 
 
+def test_a_prompt_in_a_slot_goes_on_while_one_of_higher_priority_lacks_blocks() -> None:
+    driver = Driver(make_config(num_blocks=11, block_size=4, max_num_batched_tokens=16, policy="priority"))
+    driver.scheduler.add(make_request("low", 30, 2, priority=1))
+    driver.step()
+    driver.scheduler.add(make_request("high", 20, 2, priority=0))
+    assert driver.step() == {"low": 14}
+    assert driver.step() == {"low": 1}
+    assert driver.step() == {"high": 16}
+
+
 @pytest.mark.parametrize(("policy", "victim"), [("fcfs", "c"), ("priority", "a")])
 def test_the_last_in_rank_is_preempted_and_keeps_its_tokens(policy: str, victim: str) -> None:
     config = make_config(num_blocks=7, block_size=4, policy=policy)

@@ -188,9 +188,12 @@ class Scheduler:
         chunks: list[_Chunk] = []
         cut: RequestState | None = None
         spare = 0
+        full = False
         for state in self._candidates():
             if room <= 0:
                 break
+            if full and state.slot < 0:
+                continue
             hits = self._find_hits(state) if state.slot < 0 else []
             need = self._remaining(state, hits)
             if need > room and self._whole:
@@ -200,7 +203,8 @@ class Scheduler:
             if state.slot < 0:
                 start = self._admit(state, hits)
                 if start is None:
-                    break
+                    full = True  # nobody overtakes it into a slot; prompts that have one go on
+                    continue
                 starts.append(start)
             if need <= room:
                 chunks.append(self._chunk(state, need))
