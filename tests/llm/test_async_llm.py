@@ -95,6 +95,16 @@ async def test_abort_ends_the_stream_with_its_reason(fake: FakeFrontends) -> Non
         await idle(llm)
 
 
+async def test_abort_reaches_a_request_that_is_still_tokenised(fake: FakeFrontends) -> None:
+    async with AsyncLLM.over(fake(facts=replace(FACTS, vocab_size=49152, max_positions=8192))) as llm:
+        first = asyncio.ensure_future(anext(llm.generate("many words " * 2000, SEEDED, request_id="r1")))
+        await asyncio.sleep(0)
+        llm.abort("r1")
+        delta = await first
+        assert (delta.finished, delta.outputs[0].finish_reason, delta.outputs[0].token_ids) == (True, "abort", [])
+        assert llm.metrics().steps == 0
+
+
 async def test_leaving_the_iterator_aborts(fake: FakeFrontends) -> None:
     async with AsyncLLM.over(fake(FakeModel(latency_s=0.002))) as llm:
         stream = llm.generate([50], SamplingParams(max_tokens=400, n=2), request_id="r1")

@@ -32,7 +32,8 @@ class AsyncLLM(Client):
         super()._attach(frontend)
         self._engine = AsyncEngine(frontend.core)
         self._ids = (f"unnamed-{i}" for i in itertools.count())
-        self._running: dict[str, list[str]] = {}
+        self._running: dict[str, list[str]] = {}  # request id to the engine's ids; none while it is prepared
+        self._aborted_early: set[str] = set()
 
     async def generate(
         self,
@@ -50,7 +51,11 @@ class AsyncLLM(Client):
             prepared = await self._prepare(name, prompt, params, delta=stream, priority=priority)
             self._running[name] = [request.request_id for request in prepared.requests]
             result = GeneratedResult(self.tokenizer, prepared)
-            async with aclosing(self._outputs(prepared.requests)) as outputs:
+            if name in self._aborted_early:
+                source = _aborted(prepared.requests)
+            else:
+                source = self._outputs(prepared.requests)
+            async with aclosing(source) as outputs:
                 async for output in outputs:
                     delta, must_abort = result.feed(output)
                     if must_abort:
@@ -61,6 +66,7 @@ class AsyncLLM(Client):
                         return
         finally:
             del self._running[name]
+            self._aborted_early.discard(name)
 
     async def chat(
         self,
@@ -92,7 +98,11 @@ class AsyncLLM(Client):
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gets a last output with finish_reason "abort". Unknown ids are ignored."""
-        self._engine.abort(self._running.get(request_id, []))
+        running = self._running.get(request_id)
+        if running:
+            self._engine.abort(running)
+        elif running is not None:
+            self._aborted_early.add(request_id)
 
     def close(self) -> None:
         """Ends the engine; idempotent. Whoever still waits gets EngineDead."""
@@ -157,6 +167,12 @@ class AsyncLLM(Client):
                     queue.put_nowait(output)
         except Exception as error:
             queue.put_nowait(error)
+
+
+async def _aborted(requests: list[Request]) -> AsyncGenerator[EngineOutput, None]:
+    """What the engine would have said, had it seen the requests."""
+    for request in requests:
+        yield EngineOutput(request_id=request.request_id, finish_reason="abort")
 
 
 def _is_quick(item: PromptInput, params: Params) -> bool:
