@@ -126,7 +126,6 @@ INLINE void choose_rows(Team& team, const Program& p, const Batch& b, const Step
 
 template <class D>
 void walk(Team team, const Program& p, const Batch& b, const Step& s, const StepPlan& plan, const Runs& runs, Best* best) {
-  for (int64_t i = 0; i < s.rows; i++) best[team.thread * s.rows + i] = {-__builtin_inff(), INT32_MAX};
   for (int64_t i = 0; i < p.num_ops; i++) {
     const Op& op = p.ops[i];
     const int64_t rows = op.src == BUF_ROWS ? s.rows : plan.num_tokens;
@@ -156,6 +155,7 @@ static int run_step(const Program* program, const Batch* batch, const Step* step
   Runs runs{step->runs, plan.num_tokens, plan.start, plan.context, batch->block_table, step->run_slots, batch->table_stride};
   plan.num_tasks = plan_attention(runs, p.num_heads / p.kv.kv_heads, plan.tasks);
   Array<Best> best(step->rows * p.threads);
+  for (int64_t i = 0; i < step->rows * p.threads; i++) best[i] = {-__builtin_inff(), INT32_MAX};
   region(p.threads, p.num_ops + 1, [&](Team team) {
     if (p.dtype == BF16) walk<Bf16Words>(team, p, *batch, *step, plan, runs, best.data());
     else walk<F32Words>(team, p, *batch, *step, plan, runs, best.data());

@@ -1,5 +1,5 @@
 // The threads of one step: a region that the caller's OpenMP pool opens once (the pool torch uses, so that there is only
-// one), a barrier between operations, and counters from which threads claim work.
+// one), and counters from which threads claim work.
 inline void cpu_relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -7,37 +7,6 @@ inline void cpu_relax() {
   std::atomic_signal_fence(std::memory_order_seq_cst);
 #endif
 }
-
-// Spins for about 20 us, then sleeps: cheap when every thread has a core, harmless when a neighbour takes one.
-class Barrier {
- public:
-  explicit Barrier(int threads) : threads_(threads) {}
-
-  void wait() {
-    uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.fetch_add(1, std::memory_order_acq_rel);
-      if (sleepers_.load(std::memory_order_seq_cst)) futex(FUTEX_WAKE_PRIVATE, INT_MAX);
-      return;
-    }
-    for (int spin = 0; spin < 2000; spin++) {
-      if (phase_.load(std::memory_order_acquire) != phase) return;
-      cpu_relax();
-    }
-    sleepers_.fetch_add(1, std::memory_order_seq_cst);
-    while (phase_.load(std::memory_order_seq_cst) == phase) futex(FUTEX_WAIT_PRIVATE, phase);
-    sleepers_.fetch_sub(1, std::memory_order_relaxed);
-  }
-
- private:
-  void futex(int op, uint32_t value) { syscall(SYS_futex, &phase_, op, value, nullptr, nullptr, 0); }
-
-  const int threads_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> phase_{0};
-  std::atomic<int> sleepers_{0};
-};
 
 // A zeroed array that grows. Not std::vector: its code would be merged over instruction sets by the linker.
 template <class T>
@@ -64,33 +33,59 @@ class Array {
   int64_t room_ = 0;
 };
 
+// An operation's items: how many were claimed, how many are done, and who sleeps until all are.
 struct alignas(64) Counter {
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next;
+  alignas(64) std::atomic<int32_t> done;
+  std::atomic<int32_t> sleepers;
+
+  void finish(int64_t items, int64_t total) {
+    const int64_t before = done.fetch_add((int32_t)items, std::memory_order_seq_cst);
+    if (before + items == total && sleepers.load(std::memory_order_seq_cst)) futex(FUTEX_WAKE_PRIVATE, INT_MAX);
+  }
+  // Spins for about 20 us, then sleeps: cheap when every thread has a core, harmless when a neighbour takes one.
+  void wait(int64_t total) {
+    for (int spin = 0; spin < 2000; spin++) {
+      if (done.load(std::memory_order_acquire) == total) return;
+      cpu_relax();
+    }
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    for (int32_t seen; (seen = done.load(std::memory_order_seq_cst)) != total;) futex(FUTEX_WAIT_PRIVATE, seen);
+    sleepers.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+ private:
+  void futex(int op, int32_t value) { syscall(SYS_futex, &done, op, value, nullptr, nullptr, 0); }
 };
 
-// One thread's view of the region. each() hands out [begin, end) ranges of items until none are left; every operation
-// has a counter of its own, so that no thread waits to reset one.
+// One thread's view of the region: for every operation, each() and then sync(). Threads wait for work to be done, not
+// for each other: one that the system has taken off its core holds nobody up unless it was in the middle of an item.
 struct Team {
-  Barrier& barrier;
-  Counter* counter;
+  Counter* counter;  // one an operation, so that nobody waits to reset one
   int threads;
   int thread;
+  int64_t items = 0;
 
+  // Hands out ranges [begin, end) of items until none are left.
   template <class Body>
-  void each(int64_t items, int64_t grain, Body body) {
-    Counter& mine = *counter++;
+  void each(int64_t count, int64_t grain, Body body) {
+    items = count;
     if (threads == 1) {
       if (items > 0) body(0, items);
       return;
     }
     for (;;) {
-      int64_t begin = mine.next.fetch_add(grain, std::memory_order_relaxed);
+      const int64_t begin = counter->next.fetch_add(grain, std::memory_order_relaxed);
       if (begin >= items) return;
-      body(begin, begin + grain < items ? begin + grain : items);
+      const int64_t end = begin + grain < items ? begin + grain : items;
+      body(begin, end);
+      counter->finish(end - begin, items);
     }
   }
+  // Returns when every item is done.
   void sync() {
-    if (threads > 1) barrier.wait();
+    if (threads > 1) counter->wait(items);
+    counter++;
   }
 };
 
@@ -98,10 +93,9 @@ struct Team {
 template <class Body>
 void region(int threads, int64_t counters, Body body) {
   Array<Counter> counter(counters);
-  Barrier barrier(threads);
 #pragma omp parallel num_threads(threads)
   {
-    Team team{barrier, counter.data(), threads, omp_get_thread_num()};
+    Team team{counter.data(), threads, omp_get_thread_num()};
     body(team);
   }
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,7 +102,8 @@ class CpuOps(ReferenceOps):
         if not supports_paged(block_size, head_dim, dtype):
             return super().allocate_kv(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)  # type: ignore[return-value]
         layer_stride = num_blocks * block_size * num_kv_heads * head_dim * 2 * dtype.itemsize
-        storage = torch.zeros(num_layers * layer_stride + 64, dtype=torch.uint8)  # calloc: resident when written
+        # numpy's zeros are the system's: pages become resident when written. torch's are written at once.
+        storage = torch.from_numpy(np.zeros(num_layers * layer_stride + 64, np.uint8))
         base = (storage.data_ptr() + 63) // 64 * 64
         layout = abi.KvLayout(base, layer_stride, num_blocks, block_size, num_kv_heads, head_dim, CODE[dtype])
         return CpuKVCache(num_blocks, block_size, storage, layout)
