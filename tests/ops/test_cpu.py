@@ -40,7 +40,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows,n,k", [(1, 32, 64), (3, 96, 70), (12, 33, 48), (13, 64, 130), (97, 160, 64), (200, 40, 36)])
+@pytest.mark.parametrize(
+    "rows,n,k", [(1, 32, 64), (3, 96, 70), (12, 33, 48), (13, 64, 130), (97, 160, 64), (200, 40, 36)]
+)
 def test_products_equal_the_reference_for_any_shape(ops, dtype, rows, n, k):
     x, w, bias = torch.randn(rows, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n)
     ours, theirs = (o.pack_linear(w, bias, dtype=dtype) for o in (ops, REFERENCE))
@@ -58,9 +60,7 @@ def test_products_equal_the_reference_for_any_shape(ops, dtype, rows, n, k):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_gated_products_equal_the_reference(ops, dtype, activation):
     x, w = torch.randn(29, 64).to(dtype), torch.randn(2 * 88, 64).to(dtype) * 0.1
-    exact = REFERENCE.gated_linear(
-        x.float(), REFERENCE.pack_linear(w, dtype=torch.float32, gated=True), activation
-    )
+    exact = REFERENCE.gated_linear(x.float(), REFERENCE.pack_linear(w, dtype=torch.float32, gated=True), activation)
     assert error(ops.gated_linear(x, ops.pack_linear(w, dtype=dtype, gated=True), activation), exact) < TOLERANCE[dtype]
 
 
@@ -86,7 +86,10 @@ def test_packed_rows_are_the_weight(ops, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_equal_the_reference(ops, dtype):
     x, weight, bias = torch.randn(9, 77) * 3 + 1, torch.randn(77), torch.randn(77)
-    assert error(ops.rms_norm(x, weight, 1e-5, dtype), REFERENCE.rms_norm(x, weight, 1e-5, torch.float32)) < TOLERANCE[dtype]
+    assert (
+        error(ops.rms_norm(x, weight, 1e-5, dtype), REFERENCE.rms_norm(x, weight, 1e-5, torch.float32))
+        < TOLERANCE[dtype]
+    )
     expected = REFERENCE.layer_norm(x, weight, bias, 1e-5, torch.float32)
     assert error(ops.layer_norm(x, weight, bias, 1e-5, dtype), expected) < TOLERANCE[dtype]
 
@@ -97,7 +100,14 @@ def batches(draw: st.DrawFn):
     runs = draw(st.lists(st.tuples(st.integers(0, 150), st.integers(1, 70)), min_size=1, max_size=4))
     group = draw(st.sampled_from([1, 2, 3, 5, 64]))
     window = draw(st.sampled_from([None, None, 1, 9, 70]))
-    return runs, group, draw(st.sampled_from([16, 48, 64])), draw(st.sampled_from([16, 32])), window, draw(st.integers(0, 99))
+    return (
+        runs,
+        group,
+        draw(st.sampled_from([16, 48, 64])),
+        draw(st.sampled_from([16, 32])),
+        window,
+        draw(st.integers(0, 99)),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,7 +126,7 @@ def test_paged_attention_equals_the_reference(isa, dtype, batch):
     for row, ids in zip(table, order.split(per_run), strict=True):
         row[: len(ids)] = ids
     caches = [o.allocate_kv(1, sum(per_run) + 1, size, kv_heads, dim, dtype) for o in (ops, REFERENCE)]
-    for first, count, attend in ((0, [a for a, _ in runs], False), (1, [b for _, b in runs], True)):
+    for first, count in ((0, [a for a, _ in runs]), (1, [b for _, b in runs])):
         positions = [torch.arange(a * first, a * first + n) for (a, _), n in zip(runs, count, strict=True)]
         slots = [table[r][p // size] * size + p % size for r, p in enumerate(positions)]
         meta = AttentionMetadata(

@@ -10,11 +10,13 @@ residual stream (x) is float32 between layers, so that bfloat16 errors do not ad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from headway.ops.program import ProgramBuilder
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -116,6 +118,6 @@ class Ops(Protocol):
         """Bidirectional attention inside each of R packed sequences; no cache."""
         ...
 
-    def program_builder(self, kv: KVCache) -> Any | None:
+    def program_builder(self, kv: KVCache) -> ProgramBuilder | None:
         """A builder that compiles a whole step over this cache into one native call, or None where there is none."""
         ...

@@ -1,4 +1,7 @@
-"""The C interface of csrc/abi.h and csrc/kernels.h, field for field. Calls release the GIL (plain CDLL)."""
+"""The C interface of csrc/abi.h and csrc/kernels.h, field for field. Calls release the GIL (plain CDLL).
+
+Buffers, modes and norms have the numbers of headway.ops.program.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,6 @@ from pathlib import Path
 F32, BF16, INT8, F16 = 0, 1, 2, 3
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 OP_EMBED, OP_NORM, OP_LINEAR, OP_ROTARY_KV, OP_ATTENTION, OP_HEAD = range(6)
-BUF_X, BUF_H, BUF_QKV, BUF_ATTN, BUF_ACT, BUF_ROWS = range(6)
-LIN_STORE, LIN_ADD, LIN_GATED, LIN_SET = range(4)
-NORM_NONE, NORM_RMS, NORM_LAYER = range(3)
 NORM_SAMPLED_ROWS, NORM_KEEP = 1, 2
 
 _i32, _i64, _f32, _ptr = C.c_int32, C.c_int64, C.c_float, C.c_void_p

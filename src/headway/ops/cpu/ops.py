@@ -12,8 +12,9 @@ from torch import Tensor
 from headway.errors import ConfigError
 from headway.ops.cpu import abi
 from headway.ops.cpu.linear import CODE, CpuLinear
-from headway.ops.cpu.program import ProgramBuilder
+from headway.ops.cpu.program import CpuProgramBuilder
 from headway.ops.port import Activation, AttentionMetadata
+from headway.ops.program import LinearMode, NormKind
 from headway.ops.reference import ReferenceOps
 
 
@@ -56,18 +57,18 @@ class CpuOps(ReferenceOps):
 
     def linear(self, x_TK: Tensor, weight: CpuLinear, *, activation: Activation | None = None) -> Tensor:
         out = x_TK.new_empty(len(x_TK), weight.struct.panels * 32)
-        self._linear(x_TK, weight, abi.LIN_STORE, activation, out)
+        self._linear(x_TK, weight, LinearMode.STORE, activation, out)
         return out[:, : weight.out_features]
 
     def linear_add(self, x_TK: Tensor, weight: CpuLinear, residual_TN: Tensor) -> None:
         if weight.out_features % 32 or not residual_TN.is_contiguous():
             residual_TN += self.linear(x_TK, weight)
         else:
-            self._linear(x_TK, weight, abi.LIN_ADD, None, residual_TN)
+            self._linear(x_TK, weight, LinearMode.ADD, None, residual_TN)
 
     def gated_linear(self, x_TK: Tensor, weight: CpuLinear, activation: Activation) -> Tensor:
         out = x_TK.new_empty(len(x_TK), weight.struct.panels * 16)
-        self._linear(x_TK, weight, abi.LIN_GATED, activation, out)
+        self._linear(x_TK, weight, LinearMode.GATED, activation, out)
         return out[:, : weight.out_features // 2]
 
     def _linear(self, x: Tensor, w: CpuLinear, mode: int, activation: Activation | None, out: Tensor) -> None:
@@ -78,10 +79,10 @@ class CpuOps(ReferenceOps):
         )  # fmt: skip
 
     def rms_norm(self, x_TK: Tensor, weight_K: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        return self._norm(x_TK, abi.NORM_RMS, weight_K, None, eps, dtype)
+        return self._norm(x_TK, NormKind.RMS, weight_K, None, eps, dtype)
 
     def layer_norm(self, x_TK: Tensor, weight_K: Tensor, bias_K: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        return self._norm(x_TK, abi.NORM_LAYER, weight_K, bias_K, eps, dtype)
+        return self._norm(x_TK, NormKind.LAYER, weight_K, bias_K, eps, dtype)
 
     def _norm(
         self, x: Tensor, kind: int, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
@@ -110,7 +111,8 @@ class CpuOps(ReferenceOps):
 
     def write_kv(self, kv: CpuKVCache, layer: int, k_TGD: Tensor, v_TGD: Tensor, slot_mapping_T: Tensor) -> None:
         if not isinstance(kv, CpuKVCache):
-            return super().write_kv(kv, layer, k_TGD, v_TGD, slot_mapping_T)
+            super().write_kv(kv, layer, k_TGD, v_TGD, slot_mapping_T)
+            return
         k, v = _rows(k_TGD), _rows(v_TGD)
         self.kernels.write_kv(
             ctypes.byref(kv.layout), layer, k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0),
@@ -134,8 +136,8 @@ class CpuOps(ReferenceOps):
         )  # fmt: skip
         return out
 
-    def program_builder(self, kv: object) -> ProgramBuilder | None:
-        return ProgramBuilder(self.kernels, self.threads, kv) if isinstance(kv, CpuKVCache) else None
+    def program_builder(self, kv: object) -> CpuProgramBuilder | None:
+        return CpuProgramBuilder(self.kernels, self.threads, kv) if isinstance(kv, CpuKVCache) else None
 
 
 def supports_paged(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:

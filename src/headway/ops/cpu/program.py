@@ -17,15 +17,17 @@ from torch import Tensor
 
 from headway.ops.cpu import abi
 from headway.ops.cpu.linear import CODE, CpuLinear
+from headway.ops.program import Buffer, LinearMode, NormKind
 
 if TYPE_CHECKING:
     from headway.ops.cpu.ops import CpuKVCache
+    from headway.ops.port import Activation
 
 ARGMAX, SAMPLE, LOGITS, HIDDEN = 0, 1, 2, 3  # what a row wants (csrc/abi.h, Step)
 
 
-class ProgramBuilder:
-    """Collects operations; ``finish`` allocates the buffers. Widths are in elements."""
+class CpuProgramBuilder:
+    """Collects operations (see headway.ops.program); ``finish`` allocates the buffers."""
 
     def __init__(self, kernels: abi.Kernels, threads: int, kv: CpuKVCache) -> None:
         self._kernels, self._threads, self._kv = kernels, threads, kv
@@ -34,22 +36,20 @@ class ProgramBuilder:
         self._widths = [0] * 6
 
     def embed(self, source: CpuLinear | Tensor) -> None:
-        """Rows of a tied head, or of a table [vocab, width] in the compute dtype, to X."""
         tied = isinstance(source, CpuLinear)
         width = source.in_features if tied else source.shape[1]
-        op = self._op(abi.OP_EMBED, dst=abi.BUF_X, width=width)
+        op = self._op(abi.OP_EMBED, dst=Buffer.X, width=width)
         op.linear = self._linear(source) if tied else None
         op.table = None if tied else self._tensor(source)
-        self._widen(abi.BUF_X, width)
+        self._widen(Buffer.X, width)
 
     def add_positions(self, positions: Tensor, offset: int) -> None:
-        """Learned positions [positions, width] float32, to X."""
-        op = self._op(abi.OP_EMBED, dst=abi.BUF_X, width=positions.shape[1], position_offset=offset)
+        op = self._op(abi.OP_EMBED, dst=Buffer.X, width=positions.shape[1], position_offset=offset)
         op.positions = self._tensor(positions)
 
     def norm(
         self,
-        kind: int,
+        kind: NormKind,
         width: int,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
@@ -58,14 +58,15 @@ class ProgramBuilder:
         keep: bool = False,
         sampled_rows: bool = False,
     ) -> None:
-        """X to H (or ROWS, for the rows that want a token); keep also replaces X. NORM_NONE only casts."""
         flags = abi.NORM_KEEP * keep | abi.NORM_SAMPLED_ROWS * sampled_rows
-        dst = abi.BUF_ROWS if sampled_rows else abi.BUF_H
-        op = self._op(abi.OP_NORM, src=abi.BUF_X, dst=dst, mode=kind, flags=flags, width=width, eps=eps)
+        dst = Buffer.ROWS if sampled_rows else Buffer.H
+        op = self._op(abi.OP_NORM, src=Buffer.X, dst=dst, mode=kind, flags=flags, width=width, eps=eps)
         op.weight, op.bias = self._tensor(weight), self._tensor(bias)
         self._widen(dst, width)
 
-    def linear(self, src: int, dst: int, weight: CpuLinear, mode: int, activation: str | None = None) -> None:
+    def linear(
+        self, src: Buffer, dst: Buffer, weight: CpuLinear, mode: LinearMode, activation: Activation | None = None
+    ) -> None:
         op = self._op(abi.OP_LINEAR, src=src, dst=dst, mode=mode, act=abi.ACTIVATIONS[activation])
         op.linear = self._linear(weight)
         self._widen(dst, weight.struct.panels * (16 if weight.gated else 32))
@@ -77,7 +78,7 @@ class ProgramBuilder:
     def attention(self, layer: int) -> None:
         self._op(abi.OP_ATTENTION, layer=layer)
 
-    def head(self, src: int, weight: CpuLinear) -> None:
+    def head(self, src: Buffer, weight: CpuLinear) -> None:
         self._op(abi.OP_HEAD, src=src).linear = self._linear(weight)
         self._vocab = weight.out_features
 
@@ -92,12 +93,12 @@ class ProgramBuilder:
         max_tokens: int,
         max_runs: int,
     ) -> CpuProgram:
-        self._widen(abi.BUF_ATTN, num_heads * self._kv.layout.head_dim)
+        self._widen(Buffer.ATTN, num_heads * self._kv.layout.head_dim)
         self._keep.append(self._kv)
         ops = (abi.Op * len(self._ops))(*self._ops)
-        strides = [_stride(w, 4 if i == abi.BUF_X else dtype.itemsize) for i, w in enumerate(self._widths)]
-        rows = [max_runs if i == abi.BUF_ROWS else max_tokens for i in range(6)]
-        types = [torch.float32 if i == abi.BUF_X else dtype for i in range(6)]
+        strides = [_stride(w, 4 if i == Buffer.X else dtype.itemsize) for i, w in enumerate(self._widths)]
+        rows = [max_runs if i == Buffer.ROWS else max_tokens for i in range(6)]
+        types = [torch.float32 if i == Buffer.X else dtype for i in range(6)]
         buffers = [torch.zeros(r, s, dtype=t) for r, s, t in zip(rows, strides, types, strict=True)]
         logits = torch.empty(max_runs, -(-self._vocab // 32) * 32)
         scratch = torch.zeros(8 * (max_tokens + max_runs) + 64, dtype=torch.int32)
@@ -145,7 +146,7 @@ class CpuProgram:
     ) -> None:
         self._step, self._struct, self._keep = kernels.step, struct, keep
         self._logits: NDArray[np.float32] = logits.numpy()
-        self._hidden, self._logits_tensor = buffers[abi.BUF_ROWS], logits
+        self._hidden, self._logits_tensor = buffers[Buffer.ROWS], logits
         self._token = np.zeros(len(self._logits), np.int32)
         self._batch: abi.Batch | None = None
         self._bound: object = None

@@ -1,0 +1,98 @@
+"""The port of whole-step programs: a model describes its step to a builder, which compiles it for its device.
+
+A step's activations live in named buffers of T rows (ROWS: one row per run that wants a token). X is the float32
+residual stream; the others are in the compute dtype. See headway.models.compile for the one description there is.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from headway.ops.port import Activation, PackedLinear
+
+
+class Buffer(IntEnum):
+    X = 0
+    H = 1
+    QKV = 2
+    ATTN = 3
+    ACT = 4
+    ROWS = 5
+
+
+class LinearMode(IntEnum):
+    """STORE: dst = activation(src @ W.T + b). GATED: the weight is gate and up. ADD and SET: into float32 X."""
+
+    STORE = 0
+    ADD = 1
+    GATED = 2
+    SET = 3
+
+
+class NormKind(IntEnum):
+    """NONE only casts."""
+
+    NONE = 0
+    RMS = 1
+    LAYER = 2
+
+
+class ProgramBuilder(Protocol):
+    """Takes the operations of a step in order; widths are in elements."""
+
+    def embed(self, source: PackedLinear | Tensor) -> None:
+        """Rows of a tied head, or of a table [vocab, width] in the compute dtype, to X."""
+        ...
+
+    def add_positions(self, positions: Tensor, offset: int) -> None:
+        """Learned positions [positions, width] float32, to X."""
+        ...
+
+    def norm(
+        self,
+        kind: NormKind,
+        width: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 0.0,
+        *,
+        keep: bool = False,
+        sampled_rows: bool = False,
+    ) -> None:
+        """X to H, or to ROWS with sampled_rows; keep also replaces X."""
+        ...
+
+    def linear(
+        self, src: Buffer, dst: Buffer, weight: PackedLinear, mode: LinearMode, activation: Activation | None = None
+    ) -> None: ...
+
+    def rotary_kv(self, layer: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:
+        """Norms and rotates queries and keys of QKV, and writes keys and values to the cache."""
+        ...
+
+    def attention(self, layer: int) -> None:
+        """QKV to ATTN over the paged cache."""
+        ...
+
+    def head(self, src: Buffer, weight: PackedLinear) -> None:
+        """Logits of the sampled rows, and their tokens."""
+        ...
+
+    def finish(
+        self,
+        *,
+        num_heads: int,
+        cos_sin: Tensor | None,
+        scale: float,
+        window: int | None,
+        dtype: torch.dtype,
+        max_tokens: int,
+        max_runs: int,
+    ) -> Any:
+        """A headway.worker.program.Program for steps of at most max_tokens tokens in max_runs runs."""
+        ...
