@@ -168,13 +168,14 @@ def test_without_chunking_a_step_must_hold_the_longest_prompt() -> None:
     assert "max_model_len=2048" in refused(enable_chunked_prefill=False, max_num_batched_tokens=1024).accepted
 
 
-def test_without_compiled_kernels_the_reference_runs() -> None:
+def test_without_compiled_kernels_the_reference_runs_and_a_warning_says_so() -> None:
     bare = replace(MACHINE, has_cpu_kernels=False)
-    config = settled(machine=bare)
+    with pytest.warns(RuntimeWarning, match="the compiled kernels are not installed"):
+        config = settled(machine=bare)
     assert config.device.ops == "reference"
     assert why(config, "ops")[1] == "the compiled kernels are not installed"
     assert refused(machine=bare, ops="cpu").field == "ops"
-    assert refused(machine=bare, quantization="int8").field == "quantization"
+    assert refused(machine=bare, ops="reference", quantization="int8").field == "quantization"
 
 
 def test_kernels_and_types_that_contradict_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeVar
 
 from headway.config.args import EngineArgs
@@ -26,6 +27,7 @@ BLOCK_SIZE = 16
 MAX_NUM_SEQS = 256
 STEP_TOKENS = 1024
 MEMORY_SHARE = 0.5
+NO_KERNELS = "the compiled kernels are not installed (no C++ compiler?): torch computes, more slowly"
 ITEM_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -124,6 +126,8 @@ def _device(choices: _Choices, machine: MachineFacts) -> DeviceConfig:
         raise ConfigError("ops", "cpu", "the cpu kernels are not installed (no compiler?); reference is")
     compiled = machine.has_cpu_kernels
     reason = "the compiled kernels are installed" if compiled else "the compiled kernels are not installed"
+    if args.ops is None and not compiled:
+        warnings.warn(NO_KERNELS, RuntimeWarning, stacklevel=2)
     ops = choices.pick("ops", args.ops, "cpu" if compiled else "reference", reason)
     if args.quantization == "int8" and ops == "reference":
         raise ConfigError("quantization", "int8", "needs the compiled kernels, but ops is reference")
