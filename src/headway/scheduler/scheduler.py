@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -33,30 +32,11 @@ from headway.errors import RequestError
 from headway.messages import EngineOutput, Request, SlotStart, StepPlan, StepResult
 from headway.messages.outputs import FinishReason
 from headway.scheduler.checks import check, runs_whole
+from headway.scheduler.flight import Chunk, InFlight, encode_runs, slot_start
 from headway.scheduler.queue import WaitingQueue
 from headway.scheduler.slots import Slots, SlotTable
 from headway.scheduler.state import RequestState
 from headway.scheduler.stats import EngineStats
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """A piece of a prompt in one step; ``end``: positions computed after it."""
-
-    state: RequestState
-    tokens: int
-    end: int
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """What a planned step runs. Rows: decodes, then chunks."""
-
-    step: int
-    slots: Slots
-    epochs: npt.NDArray[np.int64]
-    chunks: list[_Chunk]
-    masked: list[int]
 
 
 class Scheduler:
@@ -89,7 +69,7 @@ class Scheduler:
         self._stale = False  # some of _decodes no longer decode
         self._last: Slots = self._decodes
         self._releases: list[int] = []
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._stats = EngineStats(blocks_total=self._kv.pool.total)
         self._step = 0
 
@@ -130,7 +110,7 @@ class Scheduler:
         blocks = self._grow()
         decodes = self._current_decodes()
         starts: list[SlotStart] = []
-        chunks: list[_Chunk] = []
+        chunks: list[Chunk] = []
         if self._prefilling or (self._waiting and self._slots.free):
             chunks = self._plan_chunks(self._budget - decodes.size, starts)
         if not decodes.size and not chunks:
@@ -143,10 +123,10 @@ class Scheduler:
             releases=self._releases,
             starts=starts,
             blocks=blocks,
-            runs=self._encode_runs(slots, chunks, changed=bool(starts or self._releases)),
+            runs=encode_runs(slots, chunks, None if starts or self._releases else self._last),
             masked_slots=self._masked_slots(decodes, chunks),
         )
-        self._in_flight.append(_InFlight(self._step, slots, self._slots.epoch[slots], chunks, plan.masked_slots))
+        self._in_flight.append(InFlight(self._step, slots, self._slots.epoch[slots], chunks, plan.masked_slots))
         self._releases = []
         self._last = slots
         self._step += 1
@@ -183,9 +163,9 @@ class Scheduler:
     def _rank(self, state: RequestState) -> tuple[int, int]:
         return self._waiting.priority(state), state.arrival
 
-    def _plan_chunks(self, room: int, starts: list[SlotStart]) -> list[_Chunk]:
+    def _plan_chunks(self, room: int, starts: list[SlotStart]) -> list[Chunk]:
         """Prompts for the budget that decodes leave, by the rule at the top of this file."""
-        chunks: list[_Chunk] = []
+        chunks: list[Chunk] = []
         cut: RequestState | None = None
         spare = 0
         full = False
@@ -226,8 +206,8 @@ class Scheduler:
             return len(state.tokens) - len(hits) * self._kv.block_size
         return int(self._slots.known[state.slot] - self._slots.computed[state.slot])
 
-    def _chunk(self, state: RequestState, tokens: int) -> _Chunk:
-        return _Chunk(state, tokens, int(self._slots.computed[state.slot]) + tokens)
+    def _chunk(self, state: RequestState, tokens: int) -> Chunk:
+        return Chunk(state, tokens, int(self._slots.computed[state.slot]) + tokens)
 
     def _find_hits(self, state: RequestState) -> list[int]:
         if not self._caching or not state.may_reuse:
@@ -252,7 +232,7 @@ class Scheduler:
             state.cached_tokens = computed
             self._stats.prompt_tokens += state.prompt_len
             self._stats.prefix_hit_tokens += computed
-        return _slot_start(state, computed, blocks)
+        return slot_start(state, computed, blocks)
 
     def _spare_blocks(self, state: RequestState) -> int:
         """Blocks to leave when a request enters: its own next one, and room for those that already run."""
@@ -260,24 +240,14 @@ class Scheduler:
         own = self._kv.blocks_for(max(min(size + 1, state.max_computed), size)) - self._kv.blocks_for(size)
         return own + (self._watermark if self._slots.occupied else 0)
 
-    def _encode_runs(self, slots: Slots, chunks: list[_Chunk], *, changed: bool) -> bytes | None:
-        """None when the last plan's slots run again, one token each."""
-        steady = not changed and all(chunk.tokens == 1 for chunk in chunks)
-        if steady and np.array_equal(slots, self._last):
-            return None
-        pairs = np.ones((slots.size, 2), np.int32)
-        pairs[:, 0] = slots
-        pairs[slots.size - len(chunks) :, 1] = [chunk.tokens for chunk in chunks]
-        return pairs.tobytes()
-
-    def _masked_slots(self, decodes: Slots, chunks: list[_Chunk]) -> list[int]:
+    def _masked_slots(self, decodes: Slots, chunks: list[Chunk]) -> list[int]:
         """Structured requests that sample in this step."""
         if not self._slots.masked.any():
             return []
         masked = decodes[self._slots.masked[decodes]].tolist()
         return masked + [c.state.slot for c in chunks if c.state.masked and c.end == self._slots.known[c.state.slot]]
 
-    def _advance(self, decodes: Slots, chunks: list[_Chunk]) -> None:
+    def _advance(self, decodes: Slots, chunks: list[Chunk]) -> None:
         """Books a planned step: counts move on as if it had run."""
         slots = self._slots
         computed = slots.computed[decodes] + 1
@@ -323,7 +293,7 @@ class Scheduler:
             self._take_tokens(slots, tokens, flight, result, outputs)
         return outputs
 
-    def _take_chunk(self, chunk: _Chunk, sampled: bool, result: StepResult, outputs: list[EngineOutput]) -> None:
+    def _take_chunk(self, chunk: Chunk, sampled: bool, result: StepResult, outputs: list[EngineOutput]) -> None:
         """A piece of a live request's prompt is computed."""
         state, slot = chunk.state, chunk.state.slot
         complete = chunk.end == self._slots.known[slot]
@@ -342,7 +312,7 @@ class Scheduler:
         self,
         slots: Slots,
         tokens: npt.NDArray[np.int32],
-        flight: _InFlight,
+        flight: InFlight,
         result: StepResult,
         outputs: list[EngineOutput],
     ) -> None:
@@ -438,20 +408,3 @@ class Scheduler:
         if sampling is not None and sampling.prompt_logprobs is not None and not state.prompt_logprobs_delivered:
             output.prompt_logprobs, state.prompt_logprobs_delivered = state.prompt_logprobs, True
         return output
-
-
-def _slot_start(state: RequestState, computed: int, blocks: list[int]) -> SlotStart:
-    request = state.request
-    return SlotStart(
-        slot=state.slot,
-        token_ids=state.tokens.tobytes(),
-        prompt_len=state.prompt_len,
-        num_computed=computed,
-        block_ids=blocks,
-        sampling=request.sampling,
-        pooling=request.pooling,
-        seed=request.seed,
-        stop_token_ids=request.stop_token_ids,
-        bad_words_ids=request.bad_words_ids,
-        token_type_ids=request.token_type_ids,
-    )
