@@ -64,7 +64,7 @@ def test_rows_are_answered_in_order_and_bad_ones_say_why(tmp_path: Path, capsys)
     assert "line 7" in long["error"]
     said = capsys.readouterr()
     assert said.out.startswith("3 rows answered, 3 failed: ")
-    assert "executor uni (one rank" in said.out
+    assert "executor uni: one rank" in said.out
     assert said.err == ""  # no bar where there is no terminal
 
 

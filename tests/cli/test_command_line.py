@@ -76,6 +76,13 @@ def test_a_mistake_is_one_line_and_status_2(words: list[str], message: str, caps
     assert capsys.readouterr().err == f"headway: {message}\n"
 
 
+def test_a_warning_is_one_line() -> None:
+    probe = "import sys, warnings; from headway.cli import main; import headway.cli.version as v\n"
+    probe += "v.run = lambda: warnings.warn('mind the gap') or 0\nsys.exit(main(['version']))"
+    done = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True)
+    assert done.stderr == "headway: mind the gap\n"
+
+
 def test_a_group_of_commands_lists_them(capsys) -> None:
     assert main(["bench"]) == 0
     assert "headway bench latency" in capsys.readouterr().out

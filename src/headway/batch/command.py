@@ -63,7 +63,7 @@ def summary(llm: AsyncLLM, tally: Tally, startup_s: float, elapsed_s: float) -> 
     return (
         f"{tally.rows - tally.failed} rows answered, {tally.failed} failed: {tally.output_tokens} tokens in "
         f"{elapsed_s:.1f} s ({tally.output_tokens / elapsed_s:.0f} tokens/s) after {startup_s:.1f} s of start-up; "
-        f"executor {info.executor} ({why}), {info.threads} threads, kernels {info.kernels}"
+        f"{info.threads} threads, kernels {info.kernels}, executor {info.executor}: {why}"
     )
 
 

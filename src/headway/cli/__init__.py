@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from headway.cli.commands import COMMANDS, Command
 from headway.cli.options import UsageError
@@ -15,7 +16,9 @@ INTERRUPTED = 130
 def main(words: list[str] | None = None) -> int:
     """Runs one command. Exit status: 0, 1 the engine failed, 2 the user can mend it, 130 interrupted."""
     try:
-        return _dispatch(sys.argv[1:] if words is None else words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _dispatch(sys.argv[1:] if words is None else words)
     except (UserError, MissingDependencyError) as error:
         print(f"headway: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -48,6 +51,10 @@ def _dispatch(words: list[str]) -> int:
 def _help(commands: list[Command] | tuple[Command, ...]) -> str:
     lines = [f"  headway {c.words:<18} {c.text}" for c in commands]
     return "\n".join(["usage:", *lines, "", "headway COMMAND --help shows a command's options."])
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"headway: {message}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:
