@@ -19,43 +19,42 @@ struct AttentionState {
   const uint32_t* next_value[CHUNK / 16];
 };
 
+// Tiles are 4 vectors wide: a chunk of keys, or 64 dimensions of value. Vectors past the end repeat the last one.
+static constexpr int TILE_ROWS = ROWS > 1 ? ROWS / 2 : 1;
+
 template <class D>
 struct ScoreTile {
   AttentionState<D>& s;
-  int64_t groups, key_stride, group16;  // 16-key group (and the one after it, or itself again)
-  int64_t second;
+  int64_t groups, key_stride;
   template <int M>
   INLINE void run(int64_t row) {
-    v16 acc[M][2];
-    for (int r = 0; r < M; r++) acc[r][0] = acc[r][1] = splat(0.f);
-    dot_tile<D, M>(acc, s.q + row * groups, groups, s.key[group16], s.key[second], key_stride, groups,
-                   s.next_key[group16], s.next_key[second]);
-    for (int r = 0; r < M; r++) {
-      store(s.scores + (row + r) * CHUNK + group16 * 16, acc[r][0]);
-      store(s.scores + (row + r) * CHUNK + second * 16, acc[r][1]);
-    }
+    v16 acc[M][4];
+    for (int r = 0; r < M; r++)
+      for (int v = 0; v < 4; v++) acc[r][v] = splat(0.f);
+    dot_tile<D, M, 4>(acc, s.q + row * groups, groups, s.key, key_stride, groups, s.next_key);
+    for (int r = 0; r < M; r++)
+      for (int v = 0; v < 4; v++) store(s.scores + (row + r) * CHUNK + v * 16, acc[r][v]);
   }
 };
 
 template <class D>
 struct ValueTile {
   AttentionState<D>& s;
-  int64_t head_dim, column, second, groups16;
+  int64_t head_dim, groups16;
+  int64_t column[4];
   template <int M>
   INLINE void run(int64_t row) {
-    v16 acc[M][2];
-    for (int r = 0; r < M; r++) {
-      v16 decay = splat(s.decay[row + r]);
-      acc[r][0] = load(s.out + (row + r) * head_dim + column) * decay;
-      acc[r][1] = load(s.out + (row + r) * head_dim + second) * decay;
+    v16 acc[M][4];
+    for (int r = 0; r < M; r++)
+      for (int v = 0; v < 4; v++) acc[r][v] = load(s.out + (row + r) * head_dim + column[v]) * s.decay[row + r];
+    for (int64_t g = 0; g < groups16; g++) {
+      const uint32_t *b = s.value[g], *p = s.next_value[g];
+      dot_tile<D, M, 4>(acc, (const uint32_t*)(s.p + row * CHUNK) + g * 16 / D::P, CHUNK / D::P,
+                        {b + column[0], b + column[1], b + column[2], b + column[3]}, head_dim, 16 / D::P,
+                        {p + column[0], p + column[1], p + column[2], p + column[3]});
     }
-    for (int64_t g = 0; g < groups16; g++)
-      dot_tile<D, M>(acc, (const uint32_t*)(s.p + row * CHUNK) + g * 16 / D::P, CHUNK / D::P, s.value[g] + column,
-                     s.value[g] + second, head_dim, 16 / D::P, s.next_value[g] + column, s.next_value[g] + second);
-    for (int r = 0; r < M; r++) {
-      store(s.out + (row + r) * head_dim + column, acc[r][0]);
-      store(s.out + (row + r) * head_dim + second, acc[r][1]);
-    }
+    for (int r = 0; r < M; r++)
+      for (int v = 0; v < 4; v++) store(s.out + (row + r) * head_dim + column[v], acc[r][v]);
   }
 };
 
@@ -92,47 +91,70 @@ INLINE void softmax_rows(AttentionState<D>& s, int64_t rows, int64_t heads, int6
   }
 }
 
-// Query heads first_head .. + heads, which share kv head `head`, of `count` tokens of a run. q and out point at token 0 of the step; strides in elements.
+// One task: query heads first_head .. + heads, which share kv head `head`, of `count` tokens of a run from `token` on.
+struct Task {
+  int64_t run, head, first_head, heads, token, count;
+};
+
+// The cache of one layer, as tasks see it.
 template <class D>
-void attend(AttentionState<D>& s, const KvLayout& kv, const char* layer, const Runs& runs, int64_t run, int64_t head,
-            int64_t token, int64_t count, int64_t first_head, int64_t heads, const typename D::Element* q,
-            int64_t q_stride, typename D::Element* out, int64_t out_stride, float scale, int64_t window) {
-  const int64_t d = kv.head_dim, size = kv.block_size, groups = d / D::P, rows = count * heads;
-  const int64_t first_position = runs.context[run] - runs.start[run + 1] + runs.start[run] + token;
-  const int64_t row0 = runs.start[run] + token;
-  const int32_t* table = runs.table + (runs.table_row ? runs.table_row[run] : run) * runs.table_stride;
+struct PagedKeys {
+  const KvLayout& kv;
+  const char* layer;
+  const Runs& runs;
+  int64_t window;
+
+  int64_t position(const Task& t) const { return runs.context[t.run] - runs.start[t.run + 1] + runs.start[t.run] + t.token; }
+  // The first chunk that any of the task's tokens sees.
+  int64_t begin(const Task& t) const {
+    const int64_t first = position(t) - window + 1;
+    return window && first > 0 ? first / CHUNK * CHUNK : 0;
+  }
+  // Where the chunk at position `first` lies; returns its number of 16-key groups, 0 past the end.
+  int64_t locate(const Task& t, int64_t first, const uint32_t** key, const uint32_t** value) const {
+    const int64_t d = kv.head_dim, size = kv.block_size, left = position(t) + t.count - first;
+    if (left <= 0) return 0;
+    const int32_t* table = runs.table + (runs.table_row ? runs.table_row[t.run] : t.run) * runs.table_stride;
+    const int64_t groups16 = left > CHUNK ? CHUNK / 16 : (left + 15) / 16;
+    for (int64_t g = 0; g < CHUNK / 16; g++) {
+      const int64_t at = first + (g < groups16 ? g : groups16 - 1) * 16, offset = at % size;
+      const char* block = layer + (table[at / size] * kv.kv_heads + t.head) * 2 * d * size * sizeof(typename D::Element);
+      key[g] = (const uint32_t*)block + offset;
+      value[g] = (const uint32_t*)block + d / D::P * size + offset / D::P * d;
+    }
+    return groups16;
+  }
+};
+
+// q and out point at token 0 of the step; strides in elements. next: whose first chunk to prefetch at the end, or null.
+template <class D>
+void attend(AttentionState<D>& s, const PagedKeys<D>& keys, const Task& task, const Task* next,
+            const typename D::Element* q, int64_t q_stride, typename D::Element* out, int64_t out_stride, float scale) {
+  const int64_t d = keys.kv.head_dim, size = keys.kv.block_size, groups = d / D::P, rows = task.count * task.heads;
+  const int64_t row0 = keys.runs.start[task.run] + task.token, position = keys.position(task);
   for (int64_t r = 0; r < rows; r++) {
-    const typename D::Element* from = q + (row0 + r / heads) * q_stride + (first_head + r % heads) * d;
+    const typename D::Element* from = q + (row0 + r / task.heads) * q_stride + (task.first_head + r % task.heads) * d;
     __builtin_memcpy(s.q + r * groups, from, d * sizeof(typename D::Element));
     s.top[r] = -1e30f, s.sum[r] = 0.f;
     for (int64_t i = 0; i < d; i += 16) store(s.out + r * d + i, splat(0.f));
   }
-  const int64_t keys = first_position + count;
-  int64_t begin = window && first_position - window + 1 > 0 ? (first_position - window + 1) / CHUNK * CHUNK : 0;
-  auto locate = [&](int64_t first, const uint32_t** key, const uint32_t** value) {
-    int64_t n = keys - first > CHUNK ? CHUNK : keys - first;
-    for (int64_t g = 0; g * 16 < n; g++) {
-      int64_t position = first + g * 16, offset = position % size;
-      const char* block = layer + (table[position / size] * kv.kv_heads + head) * 2 * d * size * sizeof(typename D::Element);
-      key[g] = (const uint32_t*)block + offset;
-      value[g] = (const uint32_t*)block + groups * size + offset / D::P * d;
+  int64_t first = keys.begin(task);
+  int64_t groups16 = keys.locate(task, first, s.key, s.value);
+  for (; groups16; first += CHUNK) {
+    int64_t next16 = keys.locate(task, first + CHUNK, s.next_key, s.next_value);
+    if (!next16 && !(next && keys.locate(*next, keys.begin(*next), s.next_key, s.next_value)))
+      for (int g = 0; g < CHUNK / 16; g++) s.next_key[g] = s.key[g], s.next_value[g] = s.value[g];
+    for_tiles<TILE_ROWS>(rows, ScoreTile<D>{s, groups, size});
+    softmax_rows<D>(s, rows, task.heads, first, groups16, position, keys.window, scale);
+    for (int64_t c = 0; c < d; c += 64) {
+      auto column = [&](int64_t v) { return c + v * 16 < d ? c + v * 16 : d - 16; };
+      for_tiles<TILE_ROWS>(rows, ValueTile<D>{s, d, groups16, {c, column(1), column(2), column(3)}});
     }
-    return n > 0 ? (n + 15) / 16 : 0;
-  };
-  int64_t groups16 = locate(begin, s.key, s.value);
-  for (int64_t first = begin; first < keys; first += CHUNK) {
-    for (int g = 0; g < CHUNK / 16; g++) s.next_key[g] = s.key[g], s.next_value[g] = s.value[g];
-    int64_t next16 = locate(first + CHUNK, s.next_key, s.next_value);
-    for (int64_t g = 0; g < groups16; g += 2)
-      for_tiles(rows, ScoreTile<D>{s, groups, size, g, g + 1 < groups16 ? g + 1 : g});
-    softmax_rows<D>(s, rows, heads, first, groups16, first_position, window, scale);
-    for (int64_t c = 0; c < d; c += 32)
-      for_tiles(rows, ValueTile<D>{s, d, c, c + 16 < d ? c + 16 : c, groups16});
     for (int g = 0; g < CHUNK / 16; g++) s.key[g] = s.next_key[g], s.value[g] = s.next_value[g];
     groups16 = next16;
   }
   for (int64_t r = 0; r < rows; r++) {
-    typename D::Element* to = out + (row0 + r / heads) * out_stride + (first_head + r % heads) * d;
+    typename D::Element* to = out + (row0 + r / task.heads) * out_stride + (task.first_head + r % task.heads) * d;
     const float inverse = 1.f / s.sum[r];
     for (int64_t i = 0; i < d; i += 16) D::store16(to + i, load(s.out + r * d + i) * inverse);
   }
@@ -155,16 +177,22 @@ void attention(Team& team, const KvLayout& kv, int64_t layer, const Runs& runs, 
   const int64_t group = heads / kv.kv_heads, step = group >= MAX_ROWS ? 1 : MAX_ROWS / group;
   const int64_t parts = (group + MAX_ROWS - 1) / MAX_ROWS, per_task = kv.kv_heads * parts;  // parts: 1, but for huge groups
   const int64_t items = num_tasks * per_task;
-  int64_t grain = items / (16 * team.threads);
+  const int64_t grain = items / (16 * team.threads);
+  const PagedKeys<D> keys{kv, (const char*)kv.base + layer * kv.layer_stride, runs, window};
+  auto task = [&](int64_t i) {
+    const int64_t run = tasks[i / per_task * 2], token = tasks[i / per_task * 2 + 1];
+    const int64_t head = i % per_task / parts, part = i % parts * MAX_ROWS;
+    const int64_t left = runs.start[run + 1] - runs.start[run] - token;
+    return Task{run, head, head * group + part, group - part < MAX_ROWS ? group - part : MAX_ROWS, token,
+                left < step ? left : step};
+  };
   alignas(64) AttentionState<D> state;
   team.each(items, grain > 1 ? grain : 1, [&](int64_t begin, int64_t end) {
+    Task now = task(begin);
     for (int64_t i = begin; i < end; i++) {
-      const int64_t run = tasks[i / per_task * 2], token = tasks[i / per_task * 2 + 1];
-      const int64_t head = i % per_task / parts, part = i % parts * MAX_ROWS;
-      const int64_t left = runs.start[run + 1] - runs.start[run] - token;
-      attend<D>(state, kv, (const char*)kv.base + layer * kv.layer_stride, runs, run, head, token, left < step ? left : step,
-                head * group + part, group - part < MAX_ROWS ? group - part : MAX_ROWS, (const E*)q, q_stride, (E*)out,
-                out_stride, scale, window);
+      const Task next = i + 1 < end ? task(i + 1) : now;
+      attend<D>(state, keys, now, i + 1 < end ? &next : nullptr, (const E*)q, q_stride, (E*)out, out_stride, scale);
+      now = next;
     }
   });
 }

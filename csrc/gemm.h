@@ -10,20 +10,20 @@ static constexpr int ROWS = 1;
 static constexpr int64_t ROW_BLOCK = 96;  // rows that pass over a weight panel while it is in cache
 static constexpr int64_t AHEAD = 16 * 32;  // words between a weight and its prefetch
 
-// acc[r] += a[r] . (b0, b1) over groups of k. Rows of b are stride words apart; p0 and p1 are prefetched alongside.
-template <class D, int M>
-INLINE void dot_tile(v16 (&acc)[M][2], const uint32_t* a, int64_t lda, const uint32_t* b0, const uint32_t* b1,
-                     int64_t stride, int64_t groups, const uint32_t* p0, const uint32_t* p1) {
+// acc[r][v] += a[r] . b[v] over groups of k. Rows of b are stride words apart; p[v] is prefetched alongside.
+template <class D, int M, int V>
+INLINE void dot_tile(v16 (&acc)[M][V], const uint32_t* a, int64_t lda, const uint32_t* const (&b)[V], int64_t stride,
+                     int64_t groups, const uint32_t* const (&p)[V]) {
   for (int64_t g = 0; g < groups; g++) {
-    v16u w0 = load_u(b0), w1 = load_u(b1);
-    __builtin_prefetch(p0), __builtin_prefetch(p1);
+    v16u w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) w[v] = load_u(b[v] + g * stride), __builtin_prefetch(p[v] + g * stride);
 #pragma GCC unroll 16
     for (int r = 0; r < M; r++) {
-      uint32_t x = a[r * lda + g];
-      acc[r][0] = D::dot(acc[r][0], x, w0);
-      acc[r][1] = D::dot(acc[r][1], x, w1);
+      const uint32_t x = a[r * lda + g];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) acc[r][v] = D::dot(acc[r][v], x, w[v]);
     }
-    b0 += stride, b1 += stride, p0 += stride, p1 += stride;
   }
 }
 
@@ -60,7 +60,7 @@ struct PanelTile {
   __attribute__((noinline)) void run(int64_t row) {
     v16 acc[M][2];
     for (int r = 0; r < M; r++) acc[r][0] = bias0, acc[r][1] = bias1;
-    dot_tile<D, M>(acc, a + row * lda, lda, w, w + 16, 32, groups, w + AHEAD, w + AHEAD + 16);
+    dot_tile<D, M, 2>(acc, a + row * lda, lda, {w, w + 16}, 32, groups, {w + AHEAD, w + AHEAD + 16});
     for (int r = 0; r < M; r++) out(row0 + row + r, panel, acc[r][0], acc[r][1]);
   }
 };

@@ -22,6 +22,9 @@ INLINE v16 vmax(v16 a, v16 b) { return a > b ? a : b; }
 INLINE v16 vmin(v16 a, v16 b) { return a < b ? a : b; }
 
 INLINE float hsum(v16 x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float s[8], t[4];
   for (int i = 0; i < 8; i++) s[i] = x[i] + x[i + 8];
   for (int i = 0; i < 4; i++) t[i] = s[i] + s[i + 4];

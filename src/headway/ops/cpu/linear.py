@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headway.ops.cpu import abi
+from headway.ops.cpu.memory import Arena
 
 ELEMENTS_PER_WORD = {abi.F32: 1, abi.BF16: 2, abi.INT8: 4}
 CODE = {torch.float32: abi.F32, torch.bfloat16: abi.BF16, torch.float16: abi.F16}
@@ -20,6 +21,7 @@ class CpuLinear:
         self,
         kernels: abi.Kernels,
         threads: int,
+        arena: Arena,
         weight_NK: Tensor,
         bias_N: Tensor | None,
         dtype: torch.dtype,
@@ -33,7 +35,7 @@ class CpuLinear:
         panels = -(-n // 2 // 16) if gated else -(-n // 32)
         # k is padded as activation rows are (headway.ops.cpu.program): to whole groups of 64 for int8.
         groups = -(-k // 64) * 16 if code == abi.INT8 else -(-k // ELEMENTS_PER_WORD[code])
-        self._words = torch.empty(panels * groups * 32 + 1024, dtype=torch.int32)  # the tail is only prefetched
+        self._words = arena.take(panels * groups * 32, torch.int32)
         self._scale = torch.zeros(2, panels * 32) if code == abi.INT8 else None
         self._bias = None if bias_N is None else self._pack_bias(bias_N, panels)
         self.struct = abi.Linear(

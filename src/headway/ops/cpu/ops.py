@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headway.errors import ConfigError
 from headway.ops.cpu import abi
 from headway.ops.cpu.linear import CODE, CpuLinear
+from headway.ops.cpu.memory import Arena, huge_memory
 from headway.ops.cpu.program import CpuProgramBuilder
 from headway.ops.port import Activation, AttentionMetadata
 from headway.ops.program import LinearMode, NormKind
@@ -20,7 +20,7 @@ from headway.ops.reference import ReferenceOps
 
 @dataclass(slots=True)
 class CpuKVCache:
-    """All layers in one allocation, zero pages until written; ``layout`` is what C++ reads."""
+    """All layers in one allocation; ``layout`` is what C++ reads."""
 
     num_blocks: int
     block_size: int
@@ -43,6 +43,7 @@ class CpuOps(ReferenceOps):
             raise ConfigError("isa", isa, "this CPU or this build has no such kernels")
         self.kernels, self.threads = kernels, threads
         self.isa: str = kernels.name.decode()
+        self._arena = Arena()
 
     def pack_linear(
         self,
@@ -53,7 +54,7 @@ class CpuOps(ReferenceOps):
         quantization: str | None = None,
         gated: bool = False,
     ) -> CpuLinear:
-        return CpuLinear(self.kernels, self.threads, weight_NK, bias_N, dtype, quantization, gated)
+        return CpuLinear(self.kernels, self.threads, self._arena, weight_NK, bias_N, dtype, quantization, gated)
 
     def linear(self, x_TK: Tensor, weight: CpuLinear, *, activation: Activation | None = None) -> Tensor:
         out = x_TK.new_empty(len(x_TK), weight.struct.panels * 32)
@@ -103,10 +104,8 @@ class CpuOps(ReferenceOps):
         if not supports_paged(block_size, head_dim, dtype):
             return super().allocate_kv(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)  # type: ignore[return-value]
         layer_stride = num_blocks * block_size * num_kv_heads * head_dim * 2 * dtype.itemsize
-        # numpy's zeros are the system's: pages become resident when written. torch's are written at once.
-        storage = torch.from_numpy(np.zeros(num_layers * layer_stride + 64, np.uint8))
-        base = (storage.data_ptr() + 63) // 64 * 64
-        layout = abi.KvLayout(base, layer_stride, num_blocks, block_size, num_kv_heads, head_dim, CODE[dtype])
+        storage = huge_memory(num_layers * layer_stride)
+        layout = abi.KvLayout(storage.data_ptr(), layer_stride, num_blocks, block_size, num_kv_heads, head_dim, CODE[dtype])
         return CpuKVCache(num_blocks, block_size, storage, layout)
 
     def write_kv(self, kv: CpuKVCache, layer: int, k_TGD: Tensor, v_TGD: Tensor, slot_mapping_T: Tensor) -> None:
@@ -137,7 +136,7 @@ class CpuOps(ReferenceOps):
         return out
 
     def program_builder(self, kv: object) -> CpuProgramBuilder | None:
-        return CpuProgramBuilder(self.kernels, self.threads, kv) if isinstance(kv, CpuKVCache) else None
+        return CpuProgramBuilder(self.kernels, self.threads, self._arena, kv) if isinstance(kv, CpuKVCache) else None
 
 
 def supports_paged(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:

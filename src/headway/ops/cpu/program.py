@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headway.ops.cpu import abi
 from headway.ops.cpu.linear import CODE, CpuLinear
+from headway.ops.cpu.memory import Arena
 from headway.ops.program import Buffer, LinearMode, NormKind
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ ARGMAX, SAMPLE, LOGITS, HIDDEN = 0, 1, 2, 3  # what a row wants (csrc/abi.h, Ste
 class CpuProgramBuilder:
     """Collects operations (see headway.ops.program); ``finish`` allocates the buffers."""
 
-    def __init__(self, kernels: abi.Kernels, threads: int, kv: CpuKVCache) -> None:
-        self._kernels, self._threads, self._kv = kernels, threads, kv
+    def __init__(self, kernels: abi.Kernels, threads: int, arena: Arena, kv: CpuKVCache) -> None:
+        self._kernels, self._threads, self._arena, self._kv = kernels, threads, arena, kv
         self._ops: list[abi.Op] = []
         self._keep: list[object] = []
         self._widths = [0] * 6
@@ -99,7 +100,7 @@ class CpuProgramBuilder:
         strides = [_stride(w, 4 if i == Buffer.X else dtype.itemsize) for i, w in enumerate(self._widths)]
         rows = [max_runs if i == Buffer.ROWS else max_tokens for i in range(6)]
         types = [torch.float32 if i == Buffer.X else dtype for i in range(6)]
-        buffers = [torch.zeros(r, s, dtype=t) for r, s, t in zip(rows, strides, types, strict=True)]
+        buffers = [self._arena.take(r * s, t).view(r, s) for r, s, t in zip(rows, strides, types, strict=True)]
         logits = torch.empty(max_runs, -(-self._vocab // 32) * 32)
         scratch = torch.zeros(8 * (max_tokens + max_runs) + 64, dtype=torch.int32)
         program = abi.Program(
