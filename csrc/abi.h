@@ -40,11 +40,15 @@ struct Runs {
   int64_t table_stride;
 };
 
-enum OpCode : int32_t { OP_EMBED = 0, OP_NORM = 1, OP_LINEAR = 2, OP_ROTARY_KV = 3, OP_ATTENTION = 4, OP_HEAD = 5 };
-enum Buffer : int32_t { BUF_X = 0, BUF_H = 1, BUF_QKV = 2, BUF_ATTN = 3, BUF_ACT = 4, BUF_ROWS = 5, BUF_COUNT = 6 };
+enum OpCode : int32_t { OP_EMBED = 0, OP_NORM = 1, OP_LINEAR = 2, OP_ROTARY_KV = 3, OP_ATTENTION = 4, OP_HEAD = 5, OP_GATHER = 6 };
+// X and SAMPLED_X are float32, the others in the compute dtype. After a gather, the rows that want a token go on alone in
+// the SAMPLED buffers.
+enum Buffer : int32_t {
+  BUF_X = 0, BUF_H = 1, BUF_QKV = 2, BUF_ATTN = 3, BUF_ACT = 4, BUF_SAMPLED_X = 5, BUF_SAMPLED_ATTN = 6, BUF_COUNT = 7
+};
 enum LinearMode : int32_t { LIN_STORE = 0, LIN_ADD = 1, LIN_GATED = 2, LIN_SET = 3 };  // ADD and SET write float32 X
 enum NormKind : int32_t { NORM_NONE = 0, NORM_RMS = 1, NORM_LAYER = 2 };
-enum NormFlags : int32_t { NORM_SAMPLED_ROWS = 1, NORM_KEEP = 2 };  // KEEP: also write the result back to X (post-norm)
+enum OpFlags : int32_t { SAMPLED = 1, NORM_KEEP = 2 };  // KEEP: also write the result back to the source (post-norm)
 
 struct Op {
   int32_t code, src, dst, mode;  // mode: LinearMode or NormKind

@@ -73,7 +73,8 @@ void gemm(Team& team, const void* a, int64_t stride, int64_t rows, const Linear&
   const int64_t lda = stride / D::P;
   const int64_t blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
   const int64_t per_block = (rows + blocks - 1) / (blocks ? blocks : 1);
-  const int64_t grain = w.panels > 8 * team.threads ? (w.panels + 8 * team.threads - 1) / (8 * team.threads) : 1;
+  // Few rows: memory decides, long stretches stream best. Many rows: arithmetic decides, small items end together.
+  const int64_t grain = rows < 8 ? (w.panels + 4 * team.threads - 1) / (4 * team.threads) : w.panels / (64 * team.threads) + 1;
   const int64_t chunks = (w.panels + grain - 1) / grain;
   static thread_local ByteRows bytes;
   int64_t quantised = -1;

@@ -57,17 +57,24 @@ void embed_rows(Team& team, const Program& p, const Op& op, const StepPlan& plan
 }
 
 template <class D>
-void norm_rows(Team& team, const Program& p, const Op& op, const StepPlan& plan, int64_t rows) {
+void norm_rows(Team& team, const Program& p, const Op& op, int64_t rows) {
   typedef typename D::Element E;
-  float* x = (float*)p.buffers[BUF_X];
-  const bool sampled = op.flags & NORM_SAMPLED_ROWS;
-  E* out = (E*)p.buffers[op.dst];
-  team.each(sampled ? rows : plan.num_tokens, 4, [&](int64_t begin, int64_t end) {
+  team.each(rows, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      float* from = x + (sampled ? plan.rows[i] : i) * p.strides[BUF_X];
+      float* from = (float*)p.buffers[op.src] + i * p.strides[op.src];
       norm_row<D>(from, op.width, op.mode, op.weight, op.bias, op.eps, op.flags & NORM_KEEP ? from : nullptr,
-                  out + i * p.strides[op.dst]);
+                  (E*)p.buffers[op.dst] + i * p.strides[op.dst]);
     }
+  });
+}
+
+// The rows that want a token, from src to dst.
+INLINE void gather_rows(Team& team, const Program& p, const Op& op, const StepPlan& plan, int64_t rows) {
+  const int64_t size = p.dtype == BF16 && op.src != BUF_X ? 2 : 4;
+  team.each(rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      memcpy((char*)p.buffers[op.dst] + i * p.strides[op.dst] * size,
+             (const char*)p.buffers[op.src] + plan.rows[i] * p.strides[op.src] * size, op.width * size);
   });
 }
 
@@ -128,10 +135,11 @@ template <class D>
 void walk(Team team, const Program& p, const Batch& b, const Step& s, const StepPlan& plan, const Runs& runs, Best* best) {
   for (int64_t i = 0; i < p.num_ops; i++) {
     const Op& op = p.ops[i];
-    const int64_t rows = op.src == BUF_ROWS ? s.rows : plan.num_tokens;
+    const int64_t rows = op.flags & SAMPLED ? s.rows : plan.num_tokens;
     switch (op.code) {
       case OP_EMBED: embed_rows<D>(team, p, op, plan); break;
-      case OP_NORM: norm_rows<D>(team, p, op, plan, s.rows); break;
+      case OP_NORM: norm_rows<D>(team, p, op, rows); break;
+      case OP_GATHER: gather_rows(team, p, op, plan, s.rows); break;
       case OP_LINEAR:
         linear<D>(team, p.buffers[op.src], p.strides[op.src], rows, *op.linear, op.mode, op.act, p.buffers[op.dst],
                   p.strides[op.dst]);

@@ -31,6 +31,8 @@ def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int,
         q_norm, k_norm = (n.weight if n is not None else None for n in (layer.q_norm, layer.k_norm))
         builder.rotary_kv(index, q_norm, k_norm, spec.norm_eps)
         builder.attention(index)
+        if layer is model.layers[-1]:
+            builder.keep_sampled_rows()
         builder.linear(Buffer.ATTN, Buffer.X, layer.o, LinearMode.ADD)
         _norm(
             builder, layer.mlp_norm if spec.norm_first else layer.attn_norm, spec.hidden_size, keep=not spec.norm_first
@@ -43,15 +45,14 @@ def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int,
         if not spec.norm_first:
             _norm(builder, layer.mlp_norm, spec.hidden_size, keep=True)
     if model.final_norm is not None:
-        _norm(builder, model.final_norm, spec.hidden_size, sampled_rows=True)
-    else:
-        builder.norm(NormKind.NONE, spec.hidden_size, sampled_rows=True)
-    head_from = Buffer.ROWS
+        _norm(builder, model.final_norm, spec.hidden_size)
+    elif spec.norm_first:
+        builder.norm(NormKind.NONE, spec.hidden_size)
+    head_from = Buffer.H
     if model.project_out is not None:
-        builder.linear(Buffer.ROWS, Buffer.H, model.project_out, LinearMode.STORE)
-        head_from = Buffer.H
-    if model.head is not None:
-        builder.head(head_from, model.head)
+        head_from = Buffer.ATTN
+        builder.linear(Buffer.H, head_from, model.project_out, LinearMode.STORE)
+    builder.head(head_from, model.head)
     return builder.finish(
         num_heads=model.num_heads,
         cos_sin=model.cos_sin,
@@ -63,6 +64,6 @@ def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int,
     )
 
 
-def _norm(builder: ProgramBuilder, norm: Norm, width: int, *, keep: bool = False, sampled_rows: bool = False) -> None:
+def _norm(builder: ProgramBuilder, norm: Norm, width: int, *, keep: bool = False) -> None:
     kind = NormKind.RMS if norm.bias is None else NormKind.LAYER
-    builder.norm(kind, width, norm.weight, norm.bias, norm.eps, keep=keep, sampled_rows=sampled_rows)
+    builder.norm(kind, width, norm.weight, norm.bias, norm.eps, keep=keep)

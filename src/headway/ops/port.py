@@ -59,9 +59,15 @@ class KVCache(Protocol):
 
 
 class Ops(Protocol):
-    """One implementation of the kernels."""
+    """One implementation of the kernels.
+
+    description: what runs, for people: the name, and the instruction set where there is a choice.
+    """
 
     name: str
+
+    @property
+    def description(self) -> str: ...
 
     def pack_linear(
         self,

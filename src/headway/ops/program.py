@@ -1,7 +1,7 @@
 """The port of whole-step programs: a model describes its step to a builder, which compiles it for its device.
 
-A step's activations live in named buffers of T rows (ROWS: one row per run that wants a token). X is the float32
-residual stream; the others are in the compute dtype. See headway.models.compile for the one description there is.
+A step's activations live in named buffers of T rows. X is the float32 residual stream; the others are in the compute
+dtype. See headway.models.compile for the one description there is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ class Buffer(IntEnum):
     QKV = 2
     ATTN = 3
     ACT = 4
-    ROWS = 5
 
 
 class LinearMode(IntEnum):
@@ -62,9 +61,8 @@ class ProgramBuilder(Protocol):
         eps: float = 0.0,
         *,
         keep: bool = False,
-        sampled_rows: bool = False,
     ) -> None:
-        """X to H, or to ROWS with sampled_rows; keep also replaces X."""
+        """X to H; keep also replaces X."""
         ...
 
     def linear(
@@ -77,6 +75,10 @@ class ProgramBuilder(Protocol):
 
     def attention(self, layer: int) -> None:
         """QKV to ATTN over the paged cache."""
+        ...
+
+    def keep_sampled_rows(self) -> None:
+        """From here on X and ATTN hold only the rows that want a token: nothing else of the last layer is needed."""
         ...
 
     def head(self, src: Buffer, weight: PackedLinear) -> None:

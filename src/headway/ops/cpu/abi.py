@@ -11,8 +11,9 @@ from pathlib import Path
 
 F32, BF16, INT8, F16 = 0, 1, 2, 3
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-OP_EMBED, OP_NORM, OP_LINEAR, OP_ROTARY_KV, OP_ATTENTION, OP_HEAD = range(6)
-NORM_SAMPLED_ROWS, NORM_KEEP = 1, 2
+OP_EMBED, OP_NORM, OP_LINEAR, OP_ROTARY_KV, OP_ATTENTION, OP_HEAD, OP_GATHER = range(7)
+SAMPLED_X, SAMPLED_ATTN, BUFFERS = 5, 6, 7
+SAMPLED, NORM_KEEP = 1, 2
 
 _i32, _i64, _f32, _ptr = C.c_int32, C.c_int64, C.c_float, C.c_void_p
 
@@ -58,7 +59,7 @@ class Program(C.Structure):
     _fields_ = [
         ("ops", C.POINTER(Op)), ("num_ops", _i64), ("kv", KvLayout), ("num_heads", _i64), ("rotary_dim", _i64),
         ("cos_sin", _ptr), ("attention_scale", _f32), ("window", _i32), ("dtype", _i32), ("threads", _i32),
-        ("buffers", _ptr * 6), ("strides", _i64 * 6), ("logits", _ptr), ("logits_stride", _i64), ("vocab", _i64),
+        ("buffers", _ptr * BUFFERS), ("strides", _i64 * BUFFERS), ("logits", _ptr), ("logits_stride", _i64), ("vocab", _i64),
         ("max_tokens", _i64), ("max_rows", _i64), ("scratch", _ptr), ("max_runs", _i64),
     ]  # fmt: skip
 

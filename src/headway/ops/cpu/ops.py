@@ -45,6 +45,10 @@ class CpuOps(ReferenceOps):
         self.isa: str = kernels.name.decode()
         self._arena = Arena()
 
+    @property
+    def description(self) -> str:
+        return f"{self.name} ({self.isa})"
+
     def pack_linear(
         self,
         weight_NK: Tensor,

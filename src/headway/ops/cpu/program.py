@@ -1,7 +1,6 @@
 """A decoder's step as a flat list of kernel calls that C++ walks in one parallel region, without the GIL.
 
-Buffers of a step (csrc/abi.h, Buffer): X float32 residual [T, hidden]; H normed activations; QKV; ATTN; ACT (gated
-activations); ROWS (final hidden states of the rows that want a token). Rows are padded to whole vectors, and away from
+Rows of the buffers are padded to whole vectors, and away from
 multiples of 4096 bytes, where a tile's rows would share one set of the cache.
 """
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from headway.ops.cpu.ops import CpuKVCache
     from headway.ops.port import Activation
 
-ARGMAX, SAMPLE, LOGITS, HIDDEN = 0, 1, 2, 3  # what a row wants (csrc/abi.h, Step)
+ARGMAX, SAMPLE, LOGITS = 0, 1, 2  # what a row wants (csrc/abi.h, Step)
 
 
 class CpuProgramBuilder:
@@ -34,7 +33,8 @@ class CpuProgramBuilder:
         self._kernels, self._threads, self._arena, self._kv = kernels, threads, arena, kv
         self._ops: list[abi.Op] = []
         self._keep: list[object] = []
-        self._widths = [0] * 6
+        self._widths = [0] * abi.BUFFERS
+        self._sampled: dict[int, int] = {}  # where a buffer's rows went that want a token
 
     def embed(self, source: CpuLinear | Tensor) -> None:
         tied = isinstance(source, CpuLinear)
@@ -57,13 +57,12 @@ class CpuProgramBuilder:
         eps: float = 0.0,
         *,
         keep: bool = False,
-        sampled_rows: bool = False,
     ) -> None:
-        flags = abi.NORM_KEEP * keep | abi.NORM_SAMPLED_ROWS * sampled_rows
-        dst = Buffer.ROWS if sampled_rows else Buffer.H
-        op = self._op(abi.OP_NORM, src=Buffer.X, dst=dst, mode=kind, flags=flags, width=width, eps=eps)
+        op = self._op(
+            abi.OP_NORM, src=Buffer.X, dst=Buffer.H, mode=kind, flags=abi.NORM_KEEP * keep, width=width, eps=eps
+        )
         op.weight, op.bias = self._tensor(weight), self._tensor(bias)
-        self._widen(dst, width)
+        self._widen(Buffer.H, width)
 
     def linear(
         self, src: Buffer, dst: Buffer, weight: CpuLinear, mode: LinearMode, activation: Activation | None = None
@@ -78,6 +77,11 @@ class CpuProgramBuilder:
 
     def attention(self, layer: int) -> None:
         self._op(abi.OP_ATTENTION, layer=layer)
+
+    def keep_sampled_rows(self) -> None:
+        for buffer, sampled in ((Buffer.X, abi.SAMPLED_X), (Buffer.ATTN, abi.SAMPLED_ATTN)):
+            self._op(abi.OP_GATHER, src=buffer, dst=sampled)
+        self._sampled = {Buffer.X: abi.SAMPLED_X, Buffer.ATTN: abi.SAMPLED_ATTN}
 
     def head(self, src: Buffer, weight: CpuLinear) -> None:
         self._op(abi.OP_HEAD, src=src).linear = self._linear(weight)
@@ -95,27 +99,34 @@ class CpuProgramBuilder:
         max_runs: int,
     ) -> CpuProgram:
         self._widen(Buffer.ATTN, num_heads * self._kv.layout.head_dim)
+        for buffer, sampled in self._sampled.items():
+            self._widths[sampled] = self._widths[buffer]
         self._keep.append(self._kv)
+        for op in self._ops:
+            if op.code == abi.OP_GATHER:
+                op.width = self._widths[op.src]
         ops = (abi.Op * len(self._ops))(*self._ops)
-        strides = [_stride(w, 4 if i == Buffer.X else dtype.itemsize) for i, w in enumerate(self._widths)]
-        rows = [max_runs if i == Buffer.ROWS else max_tokens for i in range(6)]
-        types = [torch.float32 if i == Buffer.X else dtype for i in range(6)]
-        buffers = [self._arena.take(r * s, t).view(r, s) for r, s, t in zip(rows, strides, types, strict=True)]
+        wide = (Buffer.X, abi.SAMPLED_X)
+        types = [torch.float32 if i in wide else dtype for i in range(abi.BUFFERS)]
+        strides = [_stride(w, t.itemsize) for w, t in zip(self._widths, types, strict=True)]
+        buffers = [self._arena.take(max_tokens * s, t) for s, t in zip(strides, types, strict=True)]
         logits = torch.empty(max_runs, -(-self._vocab // 32) * 32)
         scratch = torch.zeros(8 * (max_tokens + max_runs) + 64, dtype=torch.int32)
         program = abi.Program(
             ops=ops, num_ops=len(ops), kv=self._kv.layout, num_heads=num_heads,
             rotary_dim=0 if cos_sin is None else cos_sin.shape[1], cos_sin=self._tensor(cos_sin),
             attention_scale=scale, window=window or 0, dtype=CODE[dtype], threads=self._threads,
-            buffers=(ctypes.c_void_p * 6)(*(b.data_ptr() for b in buffers)), strides=(ctypes.c_int64 * 6)(*strides),
+            buffers=(ctypes.c_void_p * abi.BUFFERS)(*(b.data_ptr() for b in buffers)), strides=(ctypes.c_int64 * abi.BUFFERS)(*strides),
             logits=logits.data_ptr(), logits_stride=logits.shape[1], vocab=self._vocab, max_tokens=max_tokens,
             max_rows=max_runs, scratch=scratch.data_ptr(), max_runs=max_runs,
         )  # fmt: skip
         self._keep += [ops, scratch, *buffers]
-        return CpuProgram(self._kernels, program, logits, buffers, self._keep)
+        return CpuProgram(self._kernels, program, logits, self._keep)
 
     def _op(self, code: int, *, src: int = 0, dst: int = 0, **fields: Any) -> abi.Op:
-        op = abi.Op(code=code, src=src, dst=dst, **fields)
+        sampled = self._sampled if code != abi.OP_GATHER else {}
+        op = abi.Op(code=code, src=sampled.get(src, src), dst=sampled.get(dst, dst), **fields)
+        op.flags |= abi.SAMPLED * bool(sampled)
         self._ops.append(op)
         return op
 
@@ -142,12 +153,10 @@ class CpuProgram:
         kernels: abi.Kernels,
         struct: abi.Program,
         logits: Tensor,
-        buffers: list[Tensor],
         keep: list[object],
     ) -> None:
-        self._step, self._struct, self._keep = kernels.step, struct, keep
+        self._step, self._struct, self._keep = kernels.step, struct, [logits, *keep]
         self._logits: NDArray[np.float32] = logits.numpy()
-        self._hidden, self._logits_tensor = buffers[Buffer.ROWS], logits
         self._token = np.zeros(len(self._logits), np.int32)
         self._batch: abi.Batch | None = None
         self._bound: object = None
@@ -160,9 +169,9 @@ class CpuProgram:
         rows: NDArray[np.int32],
         want: NDArray[np.int32],
     ) -> NDArray[np.int32]:
-        """Runs the step. rows: indices into runs; want: int32 per row (ARGMAX, SAMPLE, LOGITS, HIDDEN).
+        """Runs the step. rows: indices into runs; want: int32 per row (ARGMAX, SAMPLE, LOGITS).
 
-        Returns the chosen token of each row (meaningless for LOGITS and HIDDEN), valid until the next run.
+        Returns the chosen token of each row (meaningless for LOGITS), valid until the next run.
         """
         if self._bound is not batch:
             self._bind(batch)
@@ -177,10 +186,6 @@ class CpuProgram:
     def logits(self, row: int) -> NDArray[np.float32]:
         """float32 [vocab] of a row that wanted LOGITS, valid until the next run."""
         return self._logits[row, : self._struct.vocab]
-
-    def hidden(self, width: int) -> Tensor:
-        """Final hidden states of the rows [rows, width], valid until the next run."""
-        return self._hidden[:, :width]
 
     def _bind(self, batch: Any) -> None:
         at = lambda name: getattr(batch, name).ctypes.data  # noqa: E731
