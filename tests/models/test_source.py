@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headway.errors import ModelError
+from headway.errors import ConfigError, ModelError
 from headway.models.describe import describe
 from headway.models.source import resolve_source
 
@@ -45,6 +45,37 @@ def test_unknown_name_suggests_the_nearest(name: str, monkeypatch: pytest.Monkey
 def test_a_path_that_is_not_there_is_no_hub_id() -> None:
     with pytest.raises(ModelError, match=r"no such directory or \.gguf file, and not a hub id"):
         resolve_source("./models/absent/deep")
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache with two revisions of one model, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    for branch, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+        (folder / "refs" / branch).write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+    return folder
+
+
+def test_the_revision_chooses_the_snapshot(hub_cache: Path) -> None:
+    assert resolve_source("org/name") == hub_cache / "snapshots" / ("1" * 40)
+    assert resolve_source("org/name", "v2") == hub_cache / "snapshots" / ("2" * 40)
+    with pytest.raises(ModelError, match="model='org/name', revision='v3': .*the hub does not give it"):
+        resolve_source("org/name", "v3")
+
+
+def test_a_revision_of_something_local_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"revision='v2': is for hub ids, but model="):
+        resolve_source(str(tmp_path), "v2")
+
+
+def test_an_error_names_the_setting_it_is_about() -> None:
+    with pytest.raises(ModelError, match="tokenizer='./absent/deep'"):
+        resolve_source("./absent/deep", setting="tokenizer")
 
 
 def test_sentence_transformers_directory_limits_the_prompt() -> None:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from headway.errors import ModelError
+from headway.errors import ConfigError, ModelError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "1_Pooling/*"]
 
@@ -28,20 +28,22 @@ ALIASES = {
 }
 
 
-def resolve_source(name: str) -> Path:
+def resolve_source(name: str, revision: str | None = None, *, setting: str = "model") -> Path:
     """A local path as it is; an alias; anything else is a hub id, downloaded or found in the local hub cache.
 
-    Raises ModelError when there is no such model, or the hub cannot be reached.
+    revision: branch, tag or commit on the hub. setting: what errors call the name. Raises ModelError when there is no
+    such model or the hub cannot be reached, ConfigError for a revision of something local.
     """
     path = Path(name).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        if revision is not None:
+            raise ConfigError("revision", revision, f"is for hub ids, but {setting}={name!r} is a local path")
         return path
     if path.exists():
-        raise ModelError(f"model={name!r}: must be a model directory or a .gguf file")
+        raise ModelError(f"{setting}={name!r}: must be a model directory or a .gguf file")
     alias = ALIASES.get(name.lower())
-    if alias is None:
-        return _from_hub(name, name)
-    return _in_package(alias) or _from_hub(alias.hub_id, name)
+    installed = _in_package(alias) if alias and revision is None else None
+    return installed or _from_hub(alias.hub_id if alias else name, name, revision, setting)
 
 
 def _in_package(alias: _Alias) -> Path | None:
@@ -54,18 +56,19 @@ def _in_package(alias: _Alias) -> Path | None:
     return None
 
 
-def _from_hub(hub_id: str, name: str) -> Path:
+def _from_hub(hub_id: str, name: str, revision: str | None, setting: str) -> Path:
+    what = f"{setting}={name!r}" + (f", revision={revision!r}" if revision is not None else "")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
-        raise ModelError(f"model={name!r}: no such directory or .gguf file, and not a hub id{_nearest(name)}")
+        raise ModelError(f"{what}: no such directory or .gguf file, and not a hub id{_nearest(name)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ModelError(
-            f"model={name!r}: no such directory or .gguf file, and the hub does not give it ({reason}){_nearest(name)}"
+            f"{what}: no such directory or .gguf file, and the hub does not give it ({reason}){_nearest(name)}"
         ) from error
 
 
