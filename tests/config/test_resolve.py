@@ -124,11 +124,31 @@ def test_the_kv_cache_holds_every_running_request_when_memory_allows() -> None:
     assert config.cache.num_blocks == 8 * 2048 // 16 + 1
 
 
-def test_the_kv_cache_leaves_memory_free() -> None:
-    machine = replace(MACHINE, free_memory=2 << 30)
-    config = settled(machine=machine)
-    used = (config.cache.num_blocks - 1) * 16 * kv_bytes_per_token(DECODER, "bfloat16", config.parallel)
-    assert used <= (1 << 30) - 2 * DECODER.num_parameters < used + (1 << 20)
+def kv_bytes(config: EngineConfig) -> int:
+    return (config.cache.num_blocks - 1) * 16 * kv_bytes_per_token(DECODER, "bfloat16", config.parallel)
+
+
+@pytest.mark.parametrize(("free", "most"), [(2 << 30, 1 << 29), (64 << 30, 4 << 30)])
+def test_the_kv_cache_takes_a_quarter_of_the_free_memory_and_at_most_4_gib(free: int, most: int) -> None:
+    config = settled(machine=replace(MACHINE, free_memory=free))
+    assert kv_bytes(config) <= most < kv_bytes(config) + (1 << 20)
+    value, reason = why(config, "kv_cache_memory_bytes")
+    assert value == kv_bytes(config) and "a quarter of the free memory and 4 GiB" in reason
+
+
+def test_the_kv_cache_holds_one_longest_request_where_memory_allows() -> None:
+    long = replace(DECODER, max_positions=1 << 19)  # 11.25 GiB of keys and values
+    config = settled(long, replace(MACHINE, free_memory=20 << 30))
+    assert config.model.max_model_len == 1 << 19
+    assert kv_bytes(config) == (1 << 19) * 23040
+    less = settled(long, replace(MACHINE, free_memory=15 << 30))
+    assert less.model.max_model_len < 1 << 19
+    assert kv_bytes(less) == less.model.max_model_len * 23040
+
+
+def test_a_given_share_of_memory_is_used_beside_the_weights() -> None:
+    config = settled(machine=replace(MACHINE, free_memory=2 << 30), gpu_memory_utilization=0.5)
+    assert kv_bytes(config) <= (1 << 30) - 2 * DECODER.num_parameters < kv_bytes(config) + (1 << 20)
 
 
 def test_given_kv_memory_is_used_whole() -> None:
@@ -150,7 +170,8 @@ def test_a_max_model_len_that_cannot_be_is_refused() -> None:
 
 def test_no_room_for_a_block_names_the_memory_setting() -> None:
     assert refused(kv_cache_memory_bytes=1000).field == "kv_cache_memory_bytes"
-    assert refused(machine=replace(MACHINE, free_memory=1 << 20)).field == "gpu_memory_utilization"
+    assert refused(machine=replace(MACHINE, free_memory=1 << 20)).field == "kv_cache_memory_bytes"
+    assert refused(gpu_memory_utilization=0.01).field == "gpu_memory_utilization"
 
 
 def test_two_ways_to_size_the_cache_contradict() -> None:
@@ -166,6 +187,9 @@ def test_a_step_must_hold_a_token_of_every_request() -> None:
 def test_without_chunking_a_step_must_hold_the_longest_prompt() -> None:
     assert settled(enable_chunked_prefill=False).scheduler.max_num_batched_tokens == 2048
     assert "max_model_len=2048" in refused(enable_chunked_prefill=False, max_num_batched_tokens=1024).accepted
+    long = replace(ENCODER, max_positions=8192)
+    assert settled(long).scheduler.max_num_batched_tokens == 8192
+    assert "max_model_len=8192" in refused(long, max_num_batched_tokens=4096).accepted
 
 
 def test_without_compiled_kernels_the_reference_runs_and_a_warning_says_so() -> None:

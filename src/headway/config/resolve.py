@@ -26,7 +26,7 @@ EXECUTORS = ("uni", "fake")
 BLOCK_SIZE = 16
 MAX_NUM_SEQS = 256
 STEP_TOKENS = 1024
-MEMORY_SHARE = 0.5
+KV_BYTES = 4 << 30
 NO_KERNELS = "the compiled kernels are not installed (no C++ compiler?): torch computes, more slowly"
 ITEM_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -40,8 +40,9 @@ def resolve(args: EngineArgs, facts: ModelFacts, machine: MachineFacts, path: st
     parallel = _parallel(choices, facts)
     device = _device(choices, machine)
     dtype = _dtype(choices, facts, device)
-    budget = _kv_budget(choices, facts, machine, _weights_bytes(args, facts, dtype, parallel))
     block_size, token_bytes = _block_size(choices), kv_bytes_per_token(facts, dtype, parallel)
+    longest = -(-(args.max_model_len or facts.max_positions) // block_size) * block_size * token_bytes
+    budget = _kv_budget(choices, facts, machine, _weights_bytes(args, facts, dtype, parallel), longest)
     max_tokens = budget // token_bytes // block_size * block_size if token_bytes else None
     max_model_len = _max_model_len(choices, facts, max_tokens)
     scheduler = _scheduler(choices, facts, max_model_len)
@@ -50,7 +51,12 @@ def resolve(args: EngineArgs, facts: ModelFacts, machine: MachineFacts, path: st
         choices.note(
             "kv_cache_memory_bytes",
             (cache.num_blocks - 1) * block_size * token_bytes,
-            "max_num_seqs * max_model_len tokens, at most what gpu_memory_utilization leaves beside the weights",
+            "what max_num_seqs * max_model_len tokens need, at most "
+            + (
+                f"a quarter of the free memory and {KV_BYTES >> 30} GiB, at least one request of max_model_len"
+                if args.gpu_memory_utilization is None
+                else "what gpu_memory_utilization leaves beside the weights"
+            ),
         )
     return EngineConfig(
         model=_model(choices, facts, dtype, max_model_len, path),
@@ -167,8 +173,8 @@ def _dtype(choices: _Choices, facts: ModelFacts, device: DeviceConfig) -> Dtype:
     return choices.pick("dtype", asked, "bfloat16", "half the memory traffic of float32, its range")
 
 
-def _kv_budget(choices: _Choices, facts: ModelFacts, machine: MachineFacts, weights: int) -> int:
-    """Bytes the KV cache may take."""
+def _kv_budget(choices: _Choices, facts: ModelFacts, machine: MachineFacts, weights: int, longest: int) -> int:
+    """Bytes the KV cache may take. longest: what one request of max_model_len needs."""
     args = choices.args
     if not _keeps_cache(facts):
         for name in ("kv_cache_memory_bytes", "gpu_memory_utilization"):
@@ -182,9 +188,14 @@ def _kv_budget(choices: _Choices, facts: ModelFacts, machine: MachineFacts, weig
         choices.note("kv_cache_memory_bytes", args.kv_cache_memory_bytes, "given")
         choices.note("gpu_memory_utilization", None, "not used: kv_cache_memory_bytes is given")
         return args.kv_cache_memory_bytes
-    reason = "leaves the other half of the free memory to everything else"
-    share = choices.pick("gpu_memory_utilization", args.gpu_memory_utilization, MEMORY_SHARE, reason)
-    return max(0, int(machine.free_memory * share) - weights)
+    share = args.gpu_memory_utilization
+    if share is not None:
+        choices.note("gpu_memory_utilization", share, "given")
+        return max(0, int(machine.free_memory * share) - weights)
+    choices.note("gpu_memory_utilization", None, "not given: the KV cache takes what it is likely to use")
+    # A quarter of what the weights leave stays free for activations and everything else.
+    most = max(0, machine.free_memory - weights) * 3 // 4
+    return min(max(min(machine.free_memory // 4, KV_BYTES), longest), most)
 
 
 def _weights_bytes(args: EngineArgs, facts: ModelFacts, dtype: Dtype, parallel: ParallelConfig) -> int:
@@ -214,10 +225,9 @@ def _max_model_len(choices: _Choices, facts: ModelFacts, max_tokens: int | None)
 
 
 def _memory_setting(args: EngineArgs) -> tuple[str, object]:
-    given = args.kv_cache_memory_bytes
-    if given is not None:
-        return "kv_cache_memory_bytes", given
-    return "gpu_memory_utilization", args.gpu_memory_utilization or MEMORY_SHARE
+    if args.gpu_memory_utilization is not None:
+        return "gpu_memory_utilization", args.gpu_memory_utilization
+    return "kv_cache_memory_bytes", args.kv_cache_memory_bytes
 
 
 def _scheduler(choices: _Choices, facts: ModelFacts, max_model_len: int) -> SchedulerConfig:
