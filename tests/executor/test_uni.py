@@ -24,6 +24,7 @@ INFO = WorkerInfo(
     executor="uni",
     num_blocks=2,
     block_size=16,
+    vocab_size=0,
     threads=1,
     kernels="none",
     program=False,

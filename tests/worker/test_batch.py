@@ -157,9 +157,7 @@ def test_a_slot_starts_only_after_its_release() -> None:
     [
         ({}, {}, Kind(0)),
         ({"temperature": 0}, {}, Kind.GREEDY),
-        ({"top_k": 5}, {}, Kind.FILTERED),
-        ({"top_p": 0.5}, {}, Kind.FILTERED),
-        ({"min_p": 0.1}, {}, Kind.FILTERED),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1}, {}, Kind(0)),
         ({"top_k": 5, "temperature": 0}, {}, Kind.GREEDY),
         ({"min_tokens": 2}, {}, Kind(0)),
         ({"min_tokens": 2}, {"stop_token_ids": [7]}, Kind.ADJUSTED),

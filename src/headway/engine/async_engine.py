@@ -3,7 +3,8 @@
     caller ── inbox (a queue) ──> headway-engine thread: core.step() ── outputs ──> caller
                                             one call_soon_threadsafe per event loop and step
 
-The thread sleeps in the inbox while there is nothing to do.
+The thread sleeps in the inbox while there is nothing to do. Grammars are compiled on another thread, one at a time,
+and come back through the inbox: no step waits for them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
+from headway.engine.constraints import constraint
 from headway.engine.core import EngineCore
-from headway.errors import EngineDead, HeadwayError
+from headway.engine.grammar import Matcher
+from headway.errors import EngineDead, HeadwayError, RequestError
 from headway.messages import EngineOutput, Request
 from headway.scheduler import EngineStats
 
@@ -45,13 +49,26 @@ class _Abort:
     request_ids: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A stream's constraint is ready, or cannot be honoured."""
+
+    stream: _Stream
+    result: Matcher | BaseException | None
+
+
+_Message = _Stream | _Leave | _Abort | _Compiled
+
+
 class AsyncEngine:
     """Owns the core. Its methods may be called from any thread and any event loop."""
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
-        self._inbox: SimpleQueue[_Stream | _Leave | _Abort | None] = SimpleQueue()
+        self._inbox: SimpleQueue[_Message | None] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}
+        self._compiling: dict[str, _Stream] = {}
+        self._compiler = ThreadPoolExecutor(1, "headway-grammar")
         self._dead: BaseException | None = None
         # Orders a caller's look at _dead and its message: none is left in the inbox once the thread has ended.
         self._gate = threading.Lock()
@@ -89,9 +106,10 @@ class AsyncEngine:
         with self._gate:
             self._inbox.put(None)
         self._thread.join(timeout)
+        self._compiler.shutdown(cancel_futures=True)
         self._core.close(timeout)
 
-    def _post(self, message: _Stream | _Leave | _Abort, *, dead_is_fine: bool = False) -> None:
+    def _post(self, message: _Message, *, dead_is_fine: bool = False) -> None:
         with self._gate:
             if self._dead is None:
                 self._inbox.put(message)
@@ -120,27 +138,62 @@ class AsyncEngine:
                 return False
             self._take(message)
 
-    def _take(self, message: _Stream | _Leave | _Abort) -> None:
+    def _take(self, message: _Message) -> None:
         if isinstance(message, _Abort):
-            self._deliver(self._core.abort(message.request_ids))
+            self._abort(message.request_ids)
         elif isinstance(message, _Leave):
             self._drop(message.stream)
-        else:
+        elif isinstance(message, _Compiled):
+            self._add_compiled(message)
+        elif constraint(message.request) is None:
             self._add(message)
+        else:
+            self._compile(message)
 
-    def _add(self, stream: _Stream) -> None:
+    def _compile(self, stream: _Stream) -> None:
+        name = stream.request.request_id
+        if name in self._compiling:
+            self._send([(stream, RequestError("request_id", name, "is in use"))])
+            return
+        self._compiling[name] = stream
+        future = self._compiler.submit(self._core.compile, stream.request)
+        future.add_done_callback(lambda done: self._hand_back(stream, done))
+
+    def _hand_back(self, stream: _Stream, done: Future[Matcher | None]) -> None:
+        if not done.cancelled():  # by close()
+            self._inbox.put(_Compiled(stream, done.exception() or done.result()))
+
+    def _add_compiled(self, message: _Compiled) -> None:
+        stream, result = message.stream, message.result
+        if self._compiling.get(stream.request.request_id) is not stream:
+            return  # it was aborted meanwhile
+        del self._compiling[stream.request.request_id]
+        if isinstance(result, BaseException):
+            self._send([(stream, result)])
+        else:
+            self._add(stream, result)
+
+    def _add(self, stream: _Stream, matcher: Matcher | None = None) -> None:
         try:
-            self._core.add(stream.request)
+            self._core.add(stream.request, matcher)
         except HeadwayError as error:
             self._send([(stream, error)])
         else:
             self._streams[stream.request.request_id] = stream
 
+    def _abort(self, request_ids: list[str]) -> None:
+        self._deliver(self._core.abort(request_ids))
+        waiting = [(name, stream) for name in request_ids if (stream := self._compiling.pop(name, None)) is not None]
+        self._send([(stream, EngineOutput(request_id=name, finish_reason="abort")) for name, stream in waiting])
+
     def _drop(self, stream: _Stream) -> None:
         # The name may belong to a later request by now.
-        if self._streams.get(stream.request.request_id) is stream:
-            del self._streams[stream.request.request_id]
-            self._core.abort([stream.request.request_id])
+        name = stream.request.request_id
+        if self._compiling.get(name) is stream:
+            del self._compiling[name]
+        elif self._streams.get(name) is stream:
+            del self._streams[name]
+            self._core.abort([name])
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
         items: list[tuple[_Stream, _Item]] = []
@@ -167,12 +220,13 @@ class AsyncEngine:
         """Tells everybody who waits or has just asked."""
         with self._gate:
             self._dead = error
+            streams = [*self._streams.values(), *self._compiling.values()]
             while not self._inbox.empty():
                 message = self._inbox.get()
                 if isinstance(message, _Stream):
-                    self._streams.setdefault(message.request.request_id, message)
-        streams, self._streams = self._streams, {}
-        self._send([(stream, error) for stream in streams.values()])
+                    streams.append(message)
+        self._streams, self._compiling = {}, {}
+        self._send([(stream, error) for stream in streams])
 
 
 def _put(batch: list[tuple[_Stream, _Item]]) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from headway.engine.grammar import GrammarBackend, Matcher
 from headway.errors import RequestError
-from headway.messages import Request, StepPlan
+from headway.messages import Request, StepPlan, StructuredOutput
+
+
+def constraint(request: Request) -> StructuredOutput | None:
+    return request.sampling.structured if request.sampling is not None else None
 
 
 class Constraints:
@@ -14,22 +18,22 @@ class Constraints:
     ended by then gets a mask of ones: the step's sampling waits for every masked slot.
     """
 
-    def __init__(self, backend: GrammarBackend | None) -> None:
+    def __init__(self, backend: GrammarBackend | None, vocab_size: int) -> None:
         self._backend = backend
         self._matchers: dict[str, Matcher] = {}
-        self._ones = b""
+        self._ones = b"\xff" * (4 * -(-vocab_size // 32))
 
-    def add(self, request: Request) -> None:
-        """Compiles the request's constraint, if it has one. RequestError if that cannot be done."""
-        structured = request.sampling.structured if request.sampling is not None else None
+    def compile(self, request: Request) -> Matcher | None:
+        """Of the request's constraint, if it has one; from any thread. RequestError if that cannot be done."""
+        structured = constraint(request)
         if structured is None:
-            return
+            return None
         if self._backend is None:
             raise RequestError("structured", structured, "needs a grammar library: install headway[grammar]")
-        matcher = self._backend.compile(structured)
-        if not self._ones:
-            self._ones = b"\xff" * len(matcher.mask())
-        self._matchers[request.request_id] = matcher
+        return self._backend.compile(structured)
+
+    def add(self, request_id: str, matcher: Matcher) -> None:
+        self._matchers[request_id] = matcher
 
     def accept(self, request_id: str, token_id: int) -> bool:
         return self._matchers[request_id].accept(token_id)

@@ -48,21 +48,24 @@ class EngineCore:
         self.config, self.info = config, info
         self._executor = executor
         self._depth = config.scheduler.depth
-        self._constraints = Constraints(grammar)
+        self._constraints = Constraints(grammar, info.vocab_size)
         self._scheduler = Scheduler(config, self._constraints.accept)
         self._in_flight: deque[_InFlight] = deque()
         self._failed: list[EngineOutput] = []  # by their constraint, since the last step()
         self._dead: BaseException | None = None
 
-    def add(self, request: Request) -> None:
-        """Raises RequestError, which costs nobody else anything."""
+    def compile(self, request: Request) -> Matcher | None:
+        """The matcher that add() wants for a constrained request. May be called from any thread; takes a while."""
+        return self._constraints.compile(request)
+
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Raises RequestError, which costs nobody else anything. matcher: what compile() gave, if it was called."""
         self._check_alive()
+        if matcher is None:
+            matcher = self.compile(request)
         self._scheduler.add(request)
-        try:
-            self._constraints.add(request)
-        except BaseException:
-            self._scheduler.abort(request.request_id)
-            raise
+        if matcher is not None:
+            self._constraints.add(request.request_id, matcher)
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
         """Ends requests now, also with a step in flight; their last outputs, with finish_reason "abort".

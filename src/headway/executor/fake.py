@@ -91,6 +91,7 @@ class FakeWorker:
             executor="fake",
             num_blocks=self._num_blocks,
             block_size=self._block_size,
+            vocab_size=self._model.vocab_size,
             threads=1,
             kernels="fake",
             program=False,

@@ -6,11 +6,16 @@ import msgspec
 
 
 class WorkerInfo(msgspec.Struct, kw_only=True):
-    """What start() reports. startup_s: seconds by phase (import, load, pack, warm-up)."""
+    """What start() reports.
+
+    vocab_size: logits a row, 0 for encoders. kernels: which ran, with their instruction set. startup_s: seconds by
+    phase ("load", "prepare", "warm-up").
+    """
 
     executor: str
     num_blocks: int
     block_size: int
+    vocab_size: int
     threads: int
     kernels: str
     program: bool

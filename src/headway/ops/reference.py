@@ -72,6 +72,10 @@ class ReferenceOps:
     def __init__(self, *, threads: int = 1) -> None:
         torch.set_num_threads(threads)
 
+    @property
+    def description(self) -> str:
+        return self.name
+
     def pack_linear(
         self,
         weight_NK: Tensor,

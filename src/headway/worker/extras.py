@@ -20,16 +20,14 @@ TokenIds = NDArray[np.int64]
 class Kind(IntFlag):
     """How a slot ends a run.
 
-    GREEDY: the most likely token. FILTERED: drawn after top-k, top-p or min-p. ADJUSTED: its logits are changed first,
-    or reported. PROMPT_LOGPROBS: its prompt tokens are reported. POOL: its prompt becomes one vector, it generates
-    nothing.
+    GREEDY: the most likely token. ADJUSTED: its logits are changed first, or reported. PROMPT_LOGPROBS: its prompt
+    tokens are reported. POOL: its prompt becomes one vector, it generates nothing.
     """
 
     GREEDY = 1
-    FILTERED = 2
-    ADJUSTED = 4
-    PROMPT_LOGPROBS = 8
-    POOL = 16
+    ADJUSTED = 2
+    PROMPT_LOGPROBS = 4
+    POOL = 8
 
 
 HAS_EXTRAS = Kind.ADJUSTED | Kind.PROMPT_LOGPROBS | Kind.POOL
@@ -60,8 +58,6 @@ def kind_of(start: SlotStart) -> Kind:
     kind = Kind(0)
     if params.greedy:
         kind |= Kind.GREEDY
-    elif params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
-        kind |= Kind.FILTERED
     if _is_adjusted(start, params):
         kind |= Kind.ADJUSTED
     if params.prompt_logprobs is not None:

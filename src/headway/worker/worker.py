@@ -41,18 +41,20 @@ class Worker:
         loaded = time.perf_counter()
         kv: KVCache | None = None
         program: Program | None = None
+        vocab_size = 0
         if isinstance(model, Encoder):
             self._runner = EncoderRunner(model, self._batch(vocab_size=0))
         else:
             model = cast("CausalModel", model)
             kv = model.allocate_kv(config.cache.num_blocks, config.cache.block_size)
             program = self._compile(model, ops, kv)
-            batch = self._batch(model.vocab_size)
+            vocab_size = model.vocab_size
+            batch = self._batch(vocab_size)
             self._runner = DecoderRunner(model, kv, batch, config.scheduler.max_num_batched_tokens, program)
         prepared = time.perf_counter()
         self._warm_up()
         phases = {"load": loaded - began, "prepare": prepared - loaded, "warm-up": time.perf_counter() - prepared}
-        return self._info(model, ops, kv, program, phases)
+        return self._info(model, vocab_size, ops, kv, program, phases)
 
     def step(self, plan: StepPlan, masks: Masks) -> StepResult:
         """Executes one plan; masks(step) is called after the forward pass where the plan has masked slots.
@@ -111,6 +113,7 @@ class Worker:
     def _info(
         self,
         model: CausalModel | EncoderModel,
+        vocab_size: int,
         ops: Ops,
         kv: KVCache | None,
         program: Program | None,
@@ -121,8 +124,9 @@ class Worker:
             executor=config.parallel.executor,
             num_blocks=config.cache.num_blocks,
             block_size=config.cache.block_size,
+            vocab_size=vocab_size,
             threads=config.device.threads,
-            kernels=ops.name,
+            kernels=ops.description,
             program=program is not None,
             weights_bytes=model.weights_bytes,
             kv_bytes=kv.nbytes if kv is not None else 0,
