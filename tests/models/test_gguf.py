@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from headway.errors import ModelError
+from headway.gguf import GGUFFile
 from headway.models.describe import describe
-from headway.models.loading.gguf_file import GGUFFile
 from headway.models.source import resolve_source
 
 gguf = pytest.importorskip("gguf")

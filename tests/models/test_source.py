@@ -64,7 +64,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_revision_chooses_the_snapshot(hub_cache: Path) -> None:
     assert resolve_source("org/name") == hub_cache / "snapshots" / ("1" * 40)
     assert resolve_source("org/name", "v2") == hub_cache / "snapshots" / ("2" * 40)
-    with pytest.raises(ModelError, match="model='org/name', revision='v3': .*the hub does not give it"):
+    with pytest.raises(ModelError, match=r"model='org/name', revision='v3': .*the hub does not give it"):
         resolve_source("org/name", "v3")
 
 
@@ -74,7 +74,7 @@ def test_a_revision_of_something_local_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_names_the_setting_it_is_about() -> None:
-    with pytest.raises(ModelError, match="tokenizer='./absent/deep'"):
+    with pytest.raises(ModelError, match=r"tokenizer='./absent/deep'"):
         resolve_source("./absent/deep", setting="tokenizer")
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.errors import ModelError
+from headway.gguf import GGUFFile
 from headway.tokenizers import Tokenizer, load_tokenizer
-from headway.tokenizers.gguf_metadata import read_gguf_metadata
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -174,4 +174,4 @@ def test_metadata_equals_the_gguf_librarys(tmp_path: Path) -> None:
     values = {**sentencepiece_values(), "a.bool": True, "a.text": "naïve 🤗"}
     path = write_gguf(tmp_path / "all.gguf", values)
     fields = {k: f.contents() for k, f in GGUFReader(path).fields.items() if not k.startswith("GGUF.")}
-    assert read_gguf_metadata(path) == fields
+    assert GGUFFile(path).whole_metadata() == fields

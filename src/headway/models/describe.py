@@ -9,10 +9,10 @@ from typing import Any, Literal
 from headway.config.facts import ModelFacts
 from headway.config.settings import Dtype
 from headway.errors import ModelError
+from headway.gguf import GGUFFile
 from headway.models import families
 from headway.models.families.common import Config, num_labels, required
 from headway.models.loading.config import config_from_gguf, is_gguf, read_config, read_json
-from headway.models.loading.gguf_file import GGUFFile
 from headway.models.loading.pooling import max_prompt
 from headway.models.loading.safetensors_file import read_headers
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from headway.errors import ModelError
-from headway.tokenizers.gguf_metadata import read_gguf_metadata
+from headway.gguf import GGUFFile
 from headway.tokenizers.special import add_bos_and_eos
 from headway.tokenizers.tokenizer import TokenizerInfo
 
@@ -69,7 +69,7 @@ _RULES = {
 
 def load_gguf_tokenizer(path: Path) -> tuple[Tokenizer, TokenizerInfo]:
     """ModelError if the file has no tokenizer or one of a kind that is not known."""
-    metadata = read_gguf_metadata(path)
+    metadata = GGUFFile(path).whole_metadata()
     ggml = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
     build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(ggml.get("model", ""))
     if build is None or not ggml.get("tokens"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headway.errors import ModelError
-from headway.models.loading.gguf_file import GGUFFile
+from headway.gguf import GGUFFile
 
 Config = dict[str, Any]
 

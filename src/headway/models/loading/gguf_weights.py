@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from headway.errors import ModelError
+from headway.gguf import GGUFFile, GGUFTensor
 from headway.models.loading.config import Config
-from headway.models.loading.gguf_file import GGUFFile, GGUFTensor
 
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 # Blocks dequantised at a time: they stay in cache until they are rounded to the compute type.

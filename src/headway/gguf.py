@@ -1,6 +1,7 @@
 """The GGUF container: metadata and where each tensor lies. Knows neither torch nor the gguf package.
 
-The gguf package's own reader takes 3.4 s for a vocabulary of 49k tokens; this takes 0.03 s, since it skips those.
+The gguf package's own reader takes 3.4 s for a vocabulary of 49k tokens; this takes 0.02 s, and 0.05 s more where
+the strings are asked for.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -16,6 +17,7 @@ from headway.errors import ModelError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 
 # ggml type: name, elements a block, bytes a block
 _TYPES = {
@@ -66,11 +68,12 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """metadata: values by key; None for lists of strings. tensors: by name. ModelError when the file is not whole."""
+    """metadata: values by key, but for lists of strings. tensors: by name. ModelError when the file is not whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, Any] = {}
+        self._strings: dict[str, int] = {}  # lists of strings: where they start
         self.tensors: dict[str, GGUFTensor] = {}
         try:
             with path.open("rb") as file:
@@ -92,14 +95,31 @@ class GGUFFile:
                     f"the file at {len(self.data)}"
                 )
 
+    def whole_metadata(self) -> dict[str, Any]:
+        """With the lists of strings."""
+        return {**self.metadata, **{key: self._strings_at(start) for key, start in self._strings.items()}}
+
+    def _strings_at(self, start: int) -> list[str]:
+        (count,), at = _LENGTH.unpack_from(self.data, start), start + 8
+        found: list[str] = []
+        for _ in range(count):
+            end = at + 8 + _LENGTH.unpack_from(self.data, at)[0]
+            found.append(_text(self.data[at + 8 : end]))
+            at = end
+        return found
+
     def _read(self) -> None:
         version = self._scalar("I")
         if version not in (2, 3):
             raise ModelError(f"{self.path}: GGUF version {version}; versions 2 and 3 are supported")
         num_tensors, num_values = self._scalar("Q"), self._scalar("Q")
         for _ in range(num_values):
-            key = self._string()
-            self.metadata[key] = self._value(self._scalar("I"))
+            key, kind = self._string(), self._scalar("I")
+            if kind == _ARRAY and self._peek("I") == _STRING:
+                self._strings[key] = self._offset + 4
+                self._skip_strings()
+            else:
+                self.metadata[key] = self._value(kind)
         infos = [self._tensor_info() for _ in range(num_tensors)]
         alignment = int(self.metadata.get("general.alignment", 32))
         start = -(-self._offset // alignment) * alignment
@@ -122,6 +142,9 @@ class GGUFFile:
     def _scalar(self, code: str) -> Any:
         return self._many(code, 1)[0]
 
+    def _peek(self, code: str) -> Any:
+        return struct.unpack_from("<" + code, self.data, self._offset)[0]
+
     def _many(self, code: str, count: int) -> tuple[Any, ...]:
         size = struct.calcsize("<" + code) * count
         if self._offset + size > len(self.data):
@@ -136,23 +159,26 @@ class GGUFFile:
         if end > len(self.data):
             raise struct.error(f"a string of {length} bytes does not fit")
         self._offset = end
-        return self.data[start:end].decode("utf-8", errors="replace")
+        return _text(self.data[start:end])
 
-    def _skip(self, kind: int) -> None:
-        if kind == _STRING:
-            (length,) = struct.unpack_from("<Q", self.data, self._offset)
-            self._offset += 8 + length
-        else:
-            self._value(kind)
+    def _skip_strings(self) -> None:
+        _, count = self._scalar("I"), self._scalar("Q")
+        data, offset, length = self.data, self._offset, _LENGTH.unpack_from
+        for _ in range(count):
+            offset += 8 + length(data, offset)[0]
+        self._offset = offset
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
-        if kind == _ARRAY:
-            item, count = self._scalar("I"), self._scalar("Q")
-            if item in _SCALARS:
-                return list(self._many(_SCALARS[item], count))
-            for _ in range(count):
-                self._skip(item)
-            return None
-        return self._scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            return self._scalar(_SCALARS[kind])
+        item, count = self._scalar("I"), self._scalar("Q")
+        if item in _SCALARS:
+            return list(self._many(_SCALARS[item], count))
+        return [self._value(item) for _ in range(count)]
+
+
+def _text(data: bytes) -> str:
+    # Some converters cut tokens inside a character.
+    return data.decode("utf-8", errors="replace")
