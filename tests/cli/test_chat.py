@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -49,3 +51,44 @@ def test_what_is_too_long_is_refused_and_forgotten(chat: subprocess.Popen[str]) 
     assert chat.returncode == 0
     assert "1024" in err
     assert "4" in out
+
+
+class Terminal:
+    """The command on a terminal of its own, and the person at its keyboard."""
+
+    def __init__(self) -> None:
+        self.keyboard, follower = os.openpty()
+        self.process = subprocess.Popen(COMMAND, stdin=follower, stdout=follower, stderr=follower)
+        os.close(follower)
+
+    def until(self, text: str) -> str:
+        seen = ""
+        while text not in seen:
+            seen += os.read(self.keyboard, 4096).decode()
+        return seen
+
+    def type(self, text: str) -> None:
+        time.sleep(0.2)  # readline looks at Ctrl-C once it waits for keys
+        os.write(self.keyboard, text.encode())
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    terminal.process.kill()
+    terminal.process.wait()
+    os.close(terminal.keyboard)
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_ctrl_d_leaves(terminal: Terminal) -> None:
+    terminal.until("> ")
+    for _ in range(2):  # before the first answer, and after one
+        terminal.type("Nonsen")
+        terminal.until("Nonsen")
+        os.kill(terminal.process.pid, signal.SIGINT)
+        assert "Ctrl-D leaves." in terminal.until("> ")
+        terminal.type("What is the capital of France?\n")
+        assert "Paris" in terminal.until("\r\n> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(30) == 0

@@ -22,28 +22,32 @@ Messages = list[dict[str, Any]]
 
 def run(options: ChatOptions, args: EngineArgs) -> int:
     params = SamplingParams(max_tokens=options.max_tokens, temperature=options.temperature, top_p=options.top_p)
-    asyncio.run(_converse(AsyncLLM(**asdict(args)), options.system, params))
+    llm = AsyncLLM(**asdict(args))
+    try:
+        _converse(llm, options.system, params)
+    finally:
+        llm.close()
     return 0
 
 
-async def _converse(llm: AsyncLLM, system: str | None, params: SamplingParams) -> None:
+def _converse(llm: AsyncLLM, system: str | None, params: SamplingParams) -> None:
+    """No event loop runs while the user types: asyncio's would take Ctrl-C, and input() not notice."""
     messages: Messages = [{"role": "system", "content": system}] if system is not None else []
     if sys.stdin.isatty():
         import_module("readline")  # input() edits lines and remembers them from now on
 
         print(f"{llm.config.model.served_model_name}: Ctrl-C ends an answer, Ctrl-D the conversation.")
-    async with llm:
-        while (words := _ask()) is not None:
-            if not words.strip():
-                continue
-            messages.append({"role": "user", "content": words})
-            try:
-                answer = await _answer(llm, messages, params)
-            except RequestError as error:
-                print(f"headway: {error}", file=sys.stderr)
-                messages.pop()
-            else:
-                messages.append({"role": "assistant", "content": answer})
+    while (words := _ask()) is not None:
+        if not words.strip():
+            continue
+        messages.append({"role": "user", "content": words})
+        try:
+            answer = asyncio.run(_answer(llm, messages, params))
+        except RequestError as error:
+            print(f"headway: {error}", file=sys.stderr)
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": answer})
 
 
 def _ask() -> str | None:
