@@ -53,3 +53,8 @@ def test_settings_and_messages_import_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", probe], check=True)
+
+
+def test_the_offline_engine_imports_no_asyncio() -> None:
+    probe = "import sys\nfrom headway import LLM\nassert 'asyncio' not in sys.modules"
+    subprocess.run([sys.executable, "-c", probe], check=True)

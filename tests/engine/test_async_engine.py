@@ -15,14 +15,14 @@ from headway.config import CacheConfig, EngineConfig, ModelConfig
 from headway.engine import AsyncEngine, EngineCore
 from headway.errors import EngineDead, RequestError, WorkerError
 from headway.executor.fake import FakeExecutor, FakeModel, prefix_state
-from headway.messages import EngineOutput, Request, SamplingParams
+from headway.messages import EngineOutput, Request, SamplingParams, StructuredOutput
 
 
 @contextmanager
-def running(model: FakeModel | None = None) -> Iterator[AsyncEngine]:
+def running(model: FakeModel | None = None, grammar: Any = None) -> Iterator[AsyncEngine]:
     config = EngineConfig(model=ModelConfig(path="", served_model_name=""), cache=CacheConfig(num_blocks=500))
     executor = FakeExecutor(config, model)
-    engine = AsyncEngine(EngineCore(config, executor, executor.start()))
+    engine = AsyncEngine(EngineCore(config, executor, executor.start(), grammar))
     try:
         yield engine
     finally:
@@ -31,12 +31,12 @@ def running(model: FakeModel | None = None) -> Iterator[AsyncEngine]:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("headway-")]
 
 
-def make_request(name: str, max_tokens: int = 4, stream: bool = True) -> Request:
+def make_request(name: str, max_tokens: int = 4, stream: bool = True, **sampling: Any) -> Request:
     prompt = list(name.encode())
     return Request(
         request_id=name,
         prompt_token_ids=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens),
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
         max_tokens=max_tokens,
         stream=stream,
     )
@@ -177,3 +177,76 @@ def test_an_idle_engine_costs_nothing() -> None:
         before = time.process_time()
         time.sleep(0.5)
         assert time.process_time() - before < 0.05
+
+
+class SlowGrammar:
+    """Compiles when it is let; everything is allowed. The regex "bad" is refused."""
+
+    def __init__(self) -> None:
+        self.let = threading.Event()
+
+    def compile(self, constraint: StructuredOutput) -> SlowGrammar:
+        assert self.let.wait(10)
+        if constraint.regex == "bad":
+            raise RequestError("structured.regex", "bad", "is bad")
+        return self
+
+    def mask(self) -> bytes:
+        return b"\xff" * 32
+
+    def accept(self, token_id: int) -> bool:
+        return True
+
+
+def constrained(name: str, regex: str = "x") -> Request:
+    return make_request(name, structured=StructuredOutput(regex=regex))
+
+
+def test_a_grammar_that_compiles_holds_nobody_up() -> None:
+    grammar = SlowGrammar()
+
+    async def scenario(engine: AsyncEngine) -> None:
+        slow, bad = (asyncio.create_task(collect(engine, constrained(n, n))) for n in ("slow", "bad"))
+        assert len(await collect(engine, make_request("quick", 20))) == 20
+        with pytest.raises(RequestError, match="in use"):
+            await collect(engine, constrained("slow"))
+        grammar.let.set()
+        assert (await slow)[-1].finish_reason == "length"
+        with pytest.raises(RequestError, match=r"structured\.regex='bad'"):
+            await bad
+
+    with running(grammar=grammar) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_a_request_whose_grammar_compiles_can_be_aborted() -> None:
+    grammar = SlowGrammar()
+
+    async def scenario(engine: AsyncEngine) -> None:
+        aborted, left = (asyncio.create_task(collect(engine, constrained(n))) for n in ("aborted", "left"))
+        await asyncio.sleep(0.01)
+        engine.abort(["aborted"])
+        assert [o.finish_reason for o in await aborted] == ["abort"]
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        grammar.let.set()
+        assert len(await collect(engine, constrained("left"))) == 4
+        assert engine.stats().generated_tokens == 4
+
+    with running(grammar=grammar) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_closing_ends_those_whose_grammar_compiles() -> None:
+    grammar = SlowGrammar()
+
+    async def scenario(engine: AsyncEngine) -> None:
+        tasks = [asyncio.create_task(collect(engine, constrained(n))) for n in ("a", "b")]
+        await asyncio.sleep(0.01)
+        threading.Timer(0.05, grammar.let.set).start()
+        await asyncio.to_thread(engine.close)
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, EngineDead)
+
+    with running(grammar=grammar) as engine:
+        asyncio.run(scenario(engine))

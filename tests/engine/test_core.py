@@ -117,6 +117,43 @@ class ShortMatcher:
         return self.how != "accept" or self.count < 3
 
 
+class Recorder(FakeExecutor):
+    """Keeps the masks that steps got."""
+
+    masks: list[dict[int, bytes]]
+
+    def mask(self, step: int, masks: dict[int, bytes]) -> None:
+        self.masks.append(masks)
+        super().mask(step, masks)
+
+
+class OnlyBackend:
+    """Allows token 7 alone."""
+
+    def compile(self, constraint: StructuredOutput) -> OnlyBackend:
+        return self
+
+    def mask(self) -> bytes:
+        return bytes([1 << 7]) + bytes(31)
+
+    def accept(self, token_id: int) -> bool:
+        return token_id == 7
+
+
+def test_a_planned_step_masks_nothing_for_a_request_that_ended_meanwhile() -> None:
+    config = make_config(depth=1)
+    executor = Recorder(config, FakeModel(vocab_size=250))
+    executor.masks = []
+    core = EngineCore(config, executor, executor.start(), OnlyBackend())
+    for name in ("stops", "goes on"):
+        core.add(make_request(name, 3, structured=StructuredOutput(regex="x"), stop_token_ids=[7] * (name == "stops")))
+    outputs = {output.request_id: output for output in drain(core)}
+    assert outputs["stops"].token_ids == [7] and outputs["goes on"].token_ids == [7, 7, 7]
+    only, ones = OnlyBackend().mask(), b"\xff" * 32
+    assert [sorted(masks.values()) for masks in executor.masks] == [[only, only], [only, ones], [only]]
+    core.close()
+
+
 class ShortBackend:
     def compile(self, constraint: StructuredOutput) -> ShortMatcher:
         assert constraint.regex is not None

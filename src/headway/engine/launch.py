@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from headway.config import EngineConfig
@@ -10,9 +11,17 @@ from headway.engine.grammar import GrammarBackend
 from headway.executor import make_executor
 
 
-def launch(config: EngineConfig, grammar: GrammarBackend | None = None) -> EngineCore:
-    """Starts the executor (which loads the model) and an engine over it, with the number of KV blocks it found."""
+def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = None) -> EngineCore:
+    """Starts the executor (which loads the model) and an engine over it, with the number of KV blocks it found.
+
+    grammar: asked once the model is loaded, so that what it needs can be read meanwhile.
+    """
     executor = make_executor(config)
     info = executor.start()
+    try:
+        backend = None if grammar is None else grammar()
+    except BaseException:
+        executor.close()
+        raise
     cache = replace(config.cache, num_blocks=info.num_blocks, block_size=info.block_size)
-    return EngineCore(replace(config, cache=cache), executor, info, grammar)
+    return EngineCore(replace(config, cache=cache), executor, info, backend)

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any
 
-from headway.engine import AsyncEngine
+from headway.engine.async_engine import AsyncEngine
 from headway.errors import RequestError
 from headway.llm.chat import Message
 from headway.llm.frontend import Client, Frontend
@@ -45,7 +45,7 @@ class AsyncLLM(Client):
         stream: bool = True,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Deltas as tokens come, each with what is new of one sample; without stream, the whole once at the end."""
-        params = sampling_params or SamplingParams()
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         name = self._claim(request_id)
         try:
             prepared = await self._prepare(name, prompt, params, delta=stream, priority=priority)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from headway.config import EngineArgs, EngineConfig, ModelFacts, machine_facts, resolve
 from headway.engine import EngineCore, EngineStats, launch
 from headway.engine.structured import LLGuidanceBackend
 from headway.llm.chat import ChatRenderer, Message
+from headway.llm.defaults import default_sampling
 from headway.llm.processor import Processor
 from headway.llm.prompts import PromptInput
 from headway.llm.scoring import Scoring
+from headway.messages import SamplingParams
 from headway.messages.worker import WorkerInfo
 from headway.models.describe import describe
 from headway.models.source import resolve_source
@@ -23,18 +27,26 @@ C = TypeVar("C", bound="Client")
 
 @dataclass(frozen=True, slots=True)
 class Frontend:
-    """One model, loaded and running."""
+    """One model, loaded and running. sampling: what holds for callers that give no SamplingParams."""
 
     facts: ModelFacts
     tokenizer: Tokenizer
     core: EngineCore
     processor: Processor
     chat: ChatRenderer
+    sampling: SamplingParams
 
     @classmethod
-    def over(cls, core: EngineCore, facts: ModelFacts, tokenizer: Tokenizer, grammar: LLGuidanceBackend) -> Frontend:
+    def over(
+        cls,
+        core: EngineCore,
+        facts: ModelFacts,
+        tokenizer: Tokenizer,
+        grammar: LLGuidanceBackend,
+        sampling: SamplingParams | None = None,
+    ) -> Frontend:
         processor = Processor(tokenizer, facts, core.config, grammar)
-        return cls(facts, tokenizer, core, processor, ChatRenderer(tokenizer))
+        return cls(facts, tokenizer, core, processor, ChatRenderer(tokenizer), sampling or SamplingParams())
 
 
 def start(model: str, **engine_args: Any) -> Frontend:
@@ -43,12 +55,21 @@ def start(model: str, **engine_args: Any) -> Frontend:
     Raises ConfigError for a setting, ModelError for a model, that cannot be used.
     """
     args = EngineArgs.from_kwargs(model=model, **engine_args)
-    path = resolve_source(args.model)
+    path = resolve_source(args.model, args.revision)
     facts = describe(path)
     config = resolve(args, facts, machine_facts(), str(path))
-    tokenizer = load_tokenizer(path if args.tokenizer is None else resolve_source(args.tokenizer))
-    grammar = make_grammar(tokenizer, facts)
-    return Frontend.over(launch(config, grammar), facts, tokenizer, grammar)
+    sampling = default_sampling(path)
+    tokenizer_path = path if args.tokenizer is None else resolve_source(args.tokenizer, setting="tokenizer")
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(_read_tokenizer, tokenizer_path, facts)
+        core = launch(config, lambda: reading.result()[1])
+    tokenizer, grammar = reading.result()
+    return Frontend.over(core, facts, tokenizer, grammar, sampling)
+
+
+def _read_tokenizer(path: Path, facts: ModelFacts) -> tuple[Tokenizer, LLGuidanceBackend]:
+    tokenizer = load_tokenizer(path)
+    return tokenizer, make_grammar(tokenizer, facts)
 
 
 def make_grammar(tokenizer: Tokenizer, facts: ModelFacts) -> LLGuidanceBackend:
@@ -85,6 +106,10 @@ class Client:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._frontend.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What holds where a caller passes none: the checkpoint's generation_config.json, else our own defaults."""
+        return self._frontend.sampling
 
     def metrics(self) -> EngineStats:
         return self._frontend.core.stats()

@@ -43,8 +43,8 @@ class LLM(Client):
         use_tqdm: bool = False,
         on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
-        """Completes each prompt. sampling_params: one for all, or one per prompt."""
-        return self._run(as_prompts(prompts), sampling_params or SamplingParams(), use_tqdm, on_output)
+        """Completes each prompt. sampling_params: one for all, or one per prompt; None: the model's own defaults."""
+        return self._run(as_prompts(prompts), self._sampling(sampling_params), use_tqdm, on_output)
 
     def chat(
         self,
@@ -59,7 +59,7 @@ class LLM(Client):
         one = len(messages) > 0 and isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [messages] if one else messages)
         prompts = [self._chat_prompt(conversation, **template) for conversation in conversations]
-        return self._run(prompts, sampling_params or SamplingParams(), use_tqdm, on_output)
+        return self._run(prompts, self._sampling(sampling_params), use_tqdm, on_output)
 
     def embed(
         self,
@@ -96,6 +96,9 @@ class LLM(Client):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _sampling(self, given: SamplingParams | Sequence[SamplingParams] | None) -> Params | Sequence[Params]:
+        return self.get_default_sampling_params() if given is None else given
 
     def _run(
         self,
