@@ -14,7 +14,7 @@ class ModelFacts:
 
     dtype: what the weights are stored in (quantised files: "bfloat16"). weights_bytes: bytes of the checkpoint's
     tensors as stored; num_parameters: their elements. num_labels: 0 without a classification head. num_kv_heads: 0 for
-    bodies that keep no cache.
+    bodies that keep no cache. token_types: kinds of segment an encoder tells apart, 0 for decoders.
     """
 
     architecture: str
@@ -30,3 +30,4 @@ class ModelFacts:
     weights_bytes: int = 0
     num_parameters: int = 0
     num_labels: int = 0
+    token_types: int = 0

@@ -120,4 +120,7 @@ class Client:
         return PromptInput(text=self._frontend.chat.render(messages, **options), add_special_tokens=False)
 
     def _scoring(self, text_1: str | list[str], text_2: str | list[str]) -> Scoring:
-        return Scoring(text_1, text_2, self.tokenizer, cross_encoder=self._frontend.facts.num_labels == 1)
+        facts = self._frontend.facts
+        return Scoring(
+            text_1, text_2, self.tokenizer, cross_encoder=facts.num_labels == 1, segments=facts.token_types > 1
+        )

@@ -105,6 +105,9 @@ class Processor:
         priority: int = 0,
     ) -> Prepared:
         self._check_ids("prompt_token_ids", token_ids)
+        self._check_types(item.token_type_ids, len(token_ids))
+        if type(priority) is not int:
+            raise RequestError("priority", priority, "must be an integer; lower runs first")
         base = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -152,11 +155,18 @@ class Processor:
     def _check_ids(self, field: str, token_ids: Iterable[int]) -> None:
         size = self._facts.vocab_size
         for token in token_ids:
-            if not 0 <= token < size:
+            if type(token) is not int or not 0 <= token < size:
                 raise RequestError(field, token, f"token ids of this model are 0 to {size - 1}")
+
+    def _check_types(self, types: list[int] | None, num_tokens: int) -> None:
+        kinds = range(max(1, self._facts.token_types))
+        if types is not None and not (len(types) == num_tokens and all(t in kinds for t in types)):
+            raise RequestError("token_type_ids", types, f"must be one per prompt token, each 0 to {kinds[-1]}")
 
     def _decide(self, params: Params) -> _Decided:
         """Checks parameters against the model."""
+        if not isinstance(params, (SamplingParams, PoolingParams)):
+            raise RequestError("params", params, "must be SamplingParams, or PoolingParams to embed and classify")
         if isinstance(params, PoolingParams):
             self._check_pooling(params)
             return _Decided([], [], False)

@@ -41,12 +41,22 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def as_input(prompt: Prompt) -> PromptInput:
     """RequestError if it is none of what Prompt says."""
     if isinstance(prompt, PromptInput):
-        return prompt
+        return _checked(prompt)
     if isinstance(prompt, str):
         return PromptInput(text=prompt)
     if isinstance(prompt, Mapping):
         return _from_mapping(prompt)
     return PromptInput(token_ids=_token_ids("prompt", prompt))
+
+
+def _checked(prompt: PromptInput) -> PromptInput:
+    if (prompt.text is None) == (prompt.token_ids is None):
+        raise RequestError("prompt", prompt, "give exactly one of text and token_ids")
+    if not isinstance(prompt.text or "", str) or not isinstance(prompt.cache_salt, str):
+        raise RequestError("prompt", prompt, "text and cache_salt must be strings")
+    if prompt.token_ids is not None:
+        _token_ids("prompt", prompt.token_ids)
+    return prompt
 
 
 def _from_mapping(prompt: Mapping[str, Any]) -> PromptInput:

@@ -14,16 +14,25 @@ class Scoring:
     """What to run for some pairs (prompts, params), and what to make of the outputs (results).
 
     One text against many scores it with each; else both sides have as many. Each distinct text is embedded once.
+    segments: whether the model tells the two texts of a pair apart by token types.
     """
 
     def __init__(
-        self, text_1: str | list[str], text_2: str | list[str], tokenizer: Tokenizer, *, cross_encoder: bool
+        self,
+        text_1: str | list[str],
+        text_2: str | list[str],
+        tokenizer: Tokenizer,
+        *,
+        cross_encoder: bool,
+        segments: bool,
     ) -> None:
         self._pairs = _pairs(text_1, text_2)
         if cross_encoder:
             encoded = [tokenizer.encode_pair(a, b) for a, b in self._pairs]
             self._places: dict[str, int] | None = None
-            self.prompts = [PromptInput(token_ids=ids, token_type_ids=types) for ids, types in encoded]
+            self.prompts = [
+                PromptInput(token_ids=ids, token_type_ids=types if segments else None) for ids, types in encoded
+            ]
             self.params = PoolingParams(task="score")
         else:
             texts = dict.fromkeys(text for pair in self._pairs for text in pair)

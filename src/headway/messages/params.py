@@ -30,6 +30,10 @@ class StructuredOutput(msgspec.Struct, array_like=True, tag=True, kw_only=True):
         given = [f for f in self.__struct_fields__ if getattr(self, f) is not None]
         if len(given) != 1:
             raise RequestError("structured", given, "give exactly one of json, regex, choice, grammar")
+        for field in ("regex", "grammar"):
+            if not isinstance(getattr(self, field) or "", str):
+                raise RequestError(f"structured.{field}", getattr(self, field), "must be a string")
+        _check_list(self, "choice", str, "structured.choice")
 
 
 class SamplingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
@@ -78,13 +82,17 @@ class SamplingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
         _check_range(self, "logprobs", 0, 1 << 20)
         _check_range(self, "prompt_logprobs", 0, 1 << 20)
         _check_range(self, "seed", -(1 << 63), (1 << 64) - 1)
+        _check_list(self, "stop_token_ids", int)
+        _check_list(self, "bad_words", str)
+        if not isinstance(self.stop, str):
+            _check_list(self, "stop", str)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError("min_tokens", self.min_tokens, f"must be at most max_tokens={self.max_tokens}")
         if self.stop is not None and any(not s for s in self.stop_strings):
             raise RequestError("stop", self.stop, "an empty stop string would stop at once")
         for token, bias in (self.logit_bias or {}).items():
-            if not -100.0 <= bias <= 100.0:
-                raise RequestError(f"logit_bias[{token}]", bias, "must be between -100 and 100")
+            if type(token) is not int or not isinstance(bias, (int, float)) or not -100.0 <= bias <= 100.0:
+                raise RequestError(f"logit_bias[{token}]", bias, "must be a token id and a number from -100 to 100")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -108,6 +116,13 @@ class PoolingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check_range(self, "dimensions", 1, 1 << 20)
+
+
+def _check_list(params: msgspec.Struct, field: str, item: type, name: str = "") -> None:
+    value = getattr(params, field)
+    if value is not None and not (isinstance(value, (list, tuple)) and all(type(x) is item for x in value)):
+        accepted = f"must be a list of {'integers' if item is int else 'strings'}"
+        raise RequestError(name or field, value, accepted)
 
 
 def _check_range(params: msgspec.Struct, field: str, low: float, high: float, *, open_low: bool = False) -> None:

@@ -57,6 +57,7 @@ def _encoder_shape(path: Path, config: Config) -> dict[str, int] | None:
         "num_kv_heads": 0,
         "head_dim": spec.hidden_size // spec.num_heads,
         "max_positions": max_prompt(path, spec.max_positions),
+        "token_types": spec.token_types,
     }
 
 
