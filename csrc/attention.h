@@ -177,7 +177,7 @@ void attention(Team& team, const KvLayout& kv, int64_t layer, const Runs& runs, 
   const int64_t group = heads / kv.kv_heads, step = group >= MAX_ROWS ? 1 : MAX_ROWS / group;
   const int64_t parts = (group + MAX_ROWS - 1) / MAX_ROWS, per_task = kv.kv_heads * parts;  // parts: 1, but for huge groups
   const int64_t items = num_tasks * per_task;
-  const int64_t grain = items / (16 * team.threads);
+  const int64_t grain = items / (4 * team.threads);  // the first chunk of a range comes from memory unannounced
   const PagedKeys<D> keys{kv, (const char*)kv.base + layer * kv.layer_stride, runs, window};
   auto task = [&](int64_t i) {
     const int64_t run = tasks[i / per_task * 2], token = tasks[i / per_task * 2 + 1];

@@ -69,6 +69,18 @@ INLINE void norm_head(typename D::Element* x, int64_t dim, const float* weight, 
   for (int64_t i = 0; i < dim; i++) x[i] = D::put(D::get(x[i]) * scale * weight[i]);
 }
 
+// The lines that write_kv will touch, on their way into the cache.
+template <class D>
+INLINE void prefetch_kv(const KvLayout& kv, const char* layer, int64_t block, int64_t offset) {
+  const int64_t d = kv.head_dim, s = kv.block_size, size = sizeof(typename D::Element);
+  for (int64_t head = 0; head < kv.kv_heads; head++) {
+    const char* key = layer + (block * kv.kv_heads + head) * 2 * d * s * size;
+    const char* value = key + (d * s + offset / D::P * D::P * d) * size;
+    for (int64_t i = 0; i < d / D::P; i++) __builtin_prefetch(key + (i * s + offset) * 4, 1);
+    for (int64_t i = 0; i < d * 4; i += 64) __builtin_prefetch(value + i, 1);
+  }
+}
+
 // Writes one token's key and value of one head. The first token of a block clears the values behind it: they are
 // multiplied by probabilities of zero, and zero times an old infinity would not be zero.
 template <class D>

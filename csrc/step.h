@@ -83,10 +83,15 @@ void rotary_kv(Team& team, const Program& p, const Batch& b, const Step& s, cons
   typedef typename D::Element E;
   const int64_t d = p.kv.head_dim, h = p.num_heads, g = p.kv.kv_heads, size = p.kv.block_size;
   char* layer = (char*)p.kv.base + op.layer * p.kv.layer_stride;
-  team.each(plan.num_segments, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = plan.num_segments / (4 * team.threads);
+  team.each(plan.num_segments, grain > 1 ? grain : 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t run = plan.segments[2 * i], first = plan.segments[2 * i + 1];
       const int32_t* table = b.block_table + s.run_slots[run] * b.table_stride;
+      if (i + 1 < end) {
+        const int64_t position = plan.positions[plan.segments[2 * i + 3]], next = plan.segments[2 * i + 2];
+        prefetch_kv<D>(p.kv, layer, b.block_table[s.run_slots[next] * b.table_stride + position / size], position % size);
+      }
       for (int64_t t = first; t < plan.start[run + 1] && (t == first || plan.positions[t] % size); t++) {
         E* q = (E*)p.buffers[BUF_QKV] + t * p.strides[BUF_QKV];
         E *k = q + h * d, *v = k + g * d;
