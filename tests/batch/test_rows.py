@@ -47,6 +47,7 @@ def test_sampling_params_of_a_row_win() -> None:
     [
         ('{"prompt": "hi"', "not JSON"),
         ('{"prompt": "\x80"}', "not JSON"),
+        ('{"prompt": "hi", "x": ' + "[" * 20_000 + "]" * 20_000 + "}", "not JSON: maximum recursion depth"),
         ("[1, 2]", "must be a JSON object, not list"),
         ("{}", "exactly one of prompt, messages"),
         ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "exactly one of prompt, messages"),

@@ -44,6 +44,38 @@ def test_an_interrupt_keeps_every_finished_row(tmp_path: Path) -> None:
     assert writer.written == 2
 
 
+def test_what_an_interrupted_job_kept_stays_until_another_has_a_row(tmp_path: Path) -> None:
+    kept = tmp_path / "out.jsonl.partial"
+    kept.write_text('{"row": 0}\n')
+    with pytest.raises(KeyboardInterrupt), OrderedWriter(tmp_path / "out.jsonl"):
+        raise KeyboardInterrupt
+    assert rows(kept) == [0]
+    with OrderedWriter(tmp_path / "out.jsonl") as writer:
+        writer.put(0, {"row": 5})
+        assert rows(kept) == [5]  # at once: a process that is killed keeps it too
+    assert rows(tmp_path / "out.jsonl") == [5]
+    kept.write_text('{"row": 0}\n')
+    with OrderedWriter(tmp_path / "out.jsonl"):
+        pass
+    assert rows(tmp_path / "out.jsonl") == []
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "out.jsonl")
+    with OrderedWriter(tmp_path / "link.jsonl") as writer:
+        writer.put(0, {"row": 0})
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert rows(tmp_path / "out.jsonl") == [0]
+
+
+def test_a_device_is_written_and_not_replaced(tmp_path: Path) -> None:
+    with OrderedWriter(Path("/dev/null")) as writer:
+        writer.put(0, {"row": 0})
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(ConfigError, match="No space left"), OrderedWriter(Path("/dev/full")) as writer:
+        writer.put(0, {"row": 0})
+
+
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
         OrderedWriter(tmp_path / "missing" / "out.jsonl")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -91,3 +92,20 @@ def test_a_group_of_commands_lists_them(capsys) -> None:
 def test_version(capsys) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip().count(".") == 2
+
+
+def test_a_reader_that_leaves_early_is_no_failure_of_ours() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "headway", "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("words", ["chat", "bench throughput", "bench latency", "batch {input} -o {output}"])
+def test_what_generates_refuses_an_encoder(words: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").write_text('{"prompt": "a"}')
+    filled = words.format(input=tmp_path / "in", output=tmp_path / "out").split()
+    assert main([*filled, "--model", "all-minilm-l6-v2"]) == 2
+    assert capsys.readouterr().err == "headway: runner='generate': BertModel does not generate; pooling is accepted\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from dataclasses import asdict
@@ -20,7 +21,10 @@ from headway.llm import AsyncLLM
 
 
 def run(options: BatchOptions, args: EngineArgs) -> int:
-    """Exit status 0, or 1 if no row could be answered. An interrupt keeps what is done."""
+    """Exit status 0, or 1 if no row could be answered. An interrupt keeps what is done.
+
+    Only rows go to the standard output, if they are to go there: the rest is for people.
+    """
     began = time.perf_counter()
     source, target = _paths(options)
     writer = OrderedWriter(target)
@@ -28,18 +32,24 @@ def run(options: BatchOptions, args: EngineArgs) -> int:
         with writer:
             tally, said = asyncio.run(_answer(source, writer, options, args, began))
     except BaseException:
-        if writer.written:
+        if writer.written and not writer.direct:
             print(f"headway: {writer.written} answered rows are kept in {writer.partial}", file=sys.stderr)
         raise
-    print(said)
+    print(said, file=sys.stderr)
+    if tally.first_error is not None:
+        print(f"headway: the first that failed: {' '.join(tally.first_error.split())}", file=sys.stderr)
     return 1 if tally.rows and tally.failed == tally.rows else 0
 
 
 def _paths(options: BatchOptions) -> tuple[Path, Path]:
-    source, target = Path(options.input), Path(options.output)
+    """Of input and output; "-" is the standard one."""
+    source = Path("/dev/stdin" if options.input == "-" else options.input)
+    target = Path("/dev/stdout" if options.output == "-" else options.output)
     if not source.exists() or source.is_dir():
         raise ConfigError("input", options.input, "no such file" if not source.exists() else "is a directory")
-    if target.exists() and target.samefile(source):
+    if not os.access(source, os.R_OK):
+        raise ConfigError("input", options.input, "cannot be read: permission denied")
+    if target.is_file() and target.samefile(source):
         raise ConfigError("output", options.output, "must be another file than the input")
     return source, target
 
@@ -58,12 +68,13 @@ async def _answer(
 
 def summary(llm: AsyncLLM, tally: Tally, startup_s: float, elapsed_s: float) -> str:
     """One line: what was done, how fast, and what ran."""
-    info = llm.executor_info
+    info, isa = llm.executor_info, llm.config.device.isa
+    kernels = f"{info.kernels} ({isa})" if info.kernels == "cpu" else info.kernels
     why = next(c.reason for c in llm.config.choices if c.name == "distributed_executor_backend")
     return (
         f"{tally.rows - tally.failed} rows answered, {tally.failed} failed: {tally.output_tokens} tokens in "
         f"{elapsed_s:.1f} s ({tally.output_tokens / elapsed_s:.0f} tokens/s) after {startup_s:.1f} s of start-up; "
-        f"{info.threads} threads, kernels {info.kernels}, executor {info.executor}: {why}"
+        f"threads {info.threads}, kernels {kernels}, executor {info.executor}: {why}"
     )
 
 

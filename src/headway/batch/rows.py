@@ -52,7 +52,7 @@ def read_rows(path: Path, defaults: dict[str, Any]) -> Iterator[Row | BadRow]:
 def parse_row(number: int, text: bytes, defaults: dict[str, Any]) -> Row | BadRow:
     try:
         fields = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return BadRow(line=number, error=f"line {number}: not JSON: {error}")
     if not isinstance(fields, dict):
         return BadRow(line=number, error=f"line {number}: must be a JSON object, not {type(fields).__name__}")

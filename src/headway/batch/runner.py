@@ -25,6 +25,7 @@ class Tally:
     failed: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    first_error: str | None = None
 
 
 class BatchRun:
@@ -66,7 +67,7 @@ class BatchRun:
             return self._failed(row, f"line {row.line}: {broken}")
         self.tally.prompt_tokens += output.usage["prompt_tokens"]
         self.tally.output_tokens += output.usage["completion_tokens"]
-        return {**row.fields, "response": response(output)}
+        return {**_passed_through(row), "response": response(output)}
 
     async def _ask(self, row: Row) -> RequestOutput:
         if row.messages is not None:
@@ -79,7 +80,13 @@ class BatchRun:
 
     def _failed(self, row: Row | BadRow, error: str) -> dict[str, Any]:
         self.tally.failed += 1
-        return {**row.fields, "line": row.line, "error": error}
+        self.tally.first_error = self.tally.first_error or error
+        return {**_passed_through(row), "line": row.line, "error": error}
+
+
+def _passed_through(row: Row | BadRow) -> dict[str, Any]:
+    """All of a row but what says how it went: a row of an earlier output may bring that."""
+    return {name: value for name, value in row.fields.items() if name not in ("response", "error", "line")}
 
 
 def response(output: RequestOutput) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
@@ -11,20 +12,30 @@ from headway.config.args import suggestion
 from headway.errors import HeadwayError, MissingDependencyError, UserError
 
 INTERRUPTED = 130
+READER_LEFT = 141
 
 
 def main(words: list[str] | None = None) -> int:
-    """Runs one command. Exit status: 0, 1 the engine failed, 2 the user can mend it, 130 interrupted."""
+    """Runs one command.
+
+    Exit status: 0, 1 the engine failed, 2 the user can mend it; as shells say it of signals, 130 interrupted, 141
+    nobody reads the output any more.
+    """
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return _dispatch(sys.argv[1:] if words is None else words)
+            status = _dispatch(sys.argv[1:] if words is None else words)
+            sys.stdout.flush()
+            return status
     except (UserError, MissingDependencyError) as error:
         print(f"headway: {_one_line(error)}", file=sys.stderr)
         return 2
     except HeadwayError as error:
         print(f"headway: {_one_line(error)}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere, in silence
+        return READER_LEFT
     except KeyboardInterrupt:
         print("headway: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -36,7 +36,7 @@ class ExplainOptions:
 class Command:
     """words: how it is called. run: "module:function", called as function(own options, engine args) -> exit status.
 
-    skip: engine settings whose names the command's own options take.
+    skip: engine settings whose names the command's own options take. runner: what it needs of the model.
     """
 
     words: str
@@ -44,7 +44,8 @@ class Command:
     run: str
     options: type | None = None
     engine: bool = True
-    skip: tuple[str, ...] = field(default=())
+    skip: tuple[str, ...] = ()
+    runner: str | None = None
 
     def parser(self) -> Parser:
         needs = " --model MODEL" if self.engine else ""
@@ -63,7 +64,8 @@ class Command:
         if self.options:
             arguments.append(build(self.options, values))
         if self.engine:
-            arguments.append(build(EngineArgs, {k: v for k, v in values.items() if k not in self.skip}))
+            given = {k: v for k, v in values.items() if k not in self.skip}
+            arguments.append(build(EngineArgs, {"runner": self.runner, **given}))
         return self._function()(*arguments)
 
     def _function(self) -> Callable[..., int]:
@@ -77,8 +79,9 @@ COMMANDS = (
         text="Answer every row of a JSONL file.",
         run="headway.batch.command:run",
         options=BatchOptions,
+        runner="generate",
     ),
-    Command(words="chat", text="Talk to a model.", run="headway.cli.chat:run", options=ChatOptions),
+    Command(words="chat", text="Talk to a model.", run="headway.cli.chat:run", options=ChatOptions, runner="generate"),
     Command(
         words="config explain",
         text="Show every resolved setting, its value and its reason.",
@@ -91,6 +94,7 @@ COMMANDS = (
         run="headway.bench.throughput:run",
         options=ThroughputOptions,
         skip=("seed",),
+        runner="generate",
     ),
     Command(
         words="bench latency",
@@ -98,6 +102,7 @@ COMMANDS = (
         run="headway.bench.latency:run",
         options=LatencyOptions,
         skip=("seed",),
+        runner="generate",
     ),
     Command(words="version", text="Print the version.", run="headway.cli.version:run", engine=False),
 )
