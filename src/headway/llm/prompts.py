@@ -52,7 +52,8 @@ def as_input(prompt: Prompt) -> PromptInput:
 def _checked(prompt: PromptInput) -> PromptInput:
     if (prompt.text is None) == (prompt.token_ids is None):
         raise RequestError("prompt", prompt, "give exactly one of text and token_ids")
-    if not isinstance(prompt.text or "", str) or not isinstance(prompt.cache_salt, str):
+    texts: list[Any] = [prompt.text or "", prompt.cache_salt]
+    if not all(isinstance(text, str) for text in texts):
         raise RequestError("prompt", prompt, "text and cache_salt must be strings")
     if prompt.token_ids is not None:
         _token_ids("prompt", prompt.token_ids)
