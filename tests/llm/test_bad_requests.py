@@ -127,7 +127,7 @@ def test_an_encoder_refuses_what_it_cannot_do() -> None:
             with pytest.raises(RequestError) as caught:
                 minilm.embed([prompt])
             assert caught.value.field == field
-        with pytest.raises(RequestError, match="token_type_ids=.*each 0 to 1"):
+        with pytest.raises(RequestError, match=r"token_type_ids=.*each 0 to 1"):
             minilm.embed(PromptInput(token_ids=[101, 102], token_type_ids=[0, 2]))
         with pytest.raises(RequestError, match="cannot generate"):
             minilm.generate("x")
@@ -143,5 +143,5 @@ def test_the_tokenizer_may_come_from_elsewhere(smollm2_path: Path, minilm_path: 
     with LLM(str(smollm2_path), tokenizer=str(minilm_path), max_model_len=64, max_num_seqs=1) as llm:
         assert llm.tokenizer.vocab_size == 30522
         assert llm.generate("hello", GREEDY)[0].prompt_token_ids == [101, 7592, 102]
-    with pytest.raises(ModelError, match="tokenizer='./absent/deep'"):
+    with pytest.raises(ModelError, match=r"tokenizer='./absent/deep'"):
         LLM(str(smollm2_path), tokenizer="./absent/deep")

@@ -6,6 +6,7 @@ import random
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -165,7 +166,8 @@ class Processor:
 
     def _decide(self, params: Params) -> _Decided:
         """Checks parameters against the model."""
-        if not isinstance(params, (SamplingParams, PoolingParams)):
+        kind: type[Any] = type(params)
+        if kind not in (SamplingParams, PoolingParams):
             raise RequestError("params", params, "must be SamplingParams, or PoolingParams to embed and classify")
         if isinstance(params, PoolingParams):
             self._check_pooling(params)

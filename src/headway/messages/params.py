@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -90,7 +90,8 @@ class SamplingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
             raise RequestError("min_tokens", self.min_tokens, f"must be at most max_tokens={self.max_tokens}")
         if self.stop is not None and any(not s for s in self.stop_strings):
             raise RequestError("stop", self.stop, "an empty stop string would stop at once")
-        for token, bias in (self.logit_bias or {}).items():
+        biases = cast("dict[Any, Any]", self.logit_bias or {})
+        for token, bias in biases.items():
             if type(token) is not int or not isinstance(bias, (int, float)) or not -100.0 <= bias <= 100.0:
                 raise RequestError(f"logit_bias[{token}]", bias, "must be a token id and a number from -100 to 100")
 
