@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from headway.config import ParallelConfig
+from headway.config.resolve import kv_bytes_per_token
+from headway.models.describe import describe
+
 DECODERS = [
     "llama",
     "llama-tied-biased",
@@ -95,9 +99,11 @@ def test_tied_embedding_and_head_are_one(checkpoint: Make, load: Make) -> None:
     assert apart.embed is not apart.head
 
 
-def test_cache_bytes_are_those_allocated(checkpoint: Make, load: Make) -> None:
-    model = load(checkpoint("qwen3")[1])
-    assert model.allocate_kv(10, 4).nbytes == 10 * model.kv_bytes_per_block(4)
+def test_the_cache_takes_the_bytes_that_the_settings_reckon_with(checkpoint: Make, load: Make) -> None:
+    path = checkpoint("qwen3")[1]
+    model = load(path)
+    per_token = kv_bytes_per_token(describe(path), str(model.dtype).removeprefix("torch."), ParallelConfig())
+    assert model.allocate_kv(10, 4).nbytes == 10 * 4 * per_token
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "opt", "gpt2"])

@@ -56,10 +56,6 @@ class Decoder:
         self.cos_sin = None if spec.rotary is None else cos_sin_table(spec.rotary, max_model_len)
         self.weights_bytes = weights.nbytes
 
-    def kv_bytes_per_block(self, block_size: int) -> int:
-        per_token = 2 * len(self.layers) * self.num_kv_heads * self.spec.head_dim
-        return block_size * per_token * self.dtype.itemsize
-
     def allocate_kv(self, num_blocks: int, block_size: int) -> KVCache:
         return self.ops.allocate_kv(
             len(self.layers), num_blocks, block_size, self.num_kv_heads, self.spec.head_dim, self.dtype

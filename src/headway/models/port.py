@@ -39,8 +39,6 @@ class CausalModel(Protocol):
     num_labels: int
     weights_bytes: int
 
-    def kv_bytes_per_block(self, block_size: int) -> int: ...
-
     def allocate_kv(self, num_blocks: int, block_size: int) -> KVCache: ...
 
     def forward(self, token_ids_T: Tensor, meta: AttentionMetadata, kv: KVCache) -> Tensor:

@@ -80,9 +80,6 @@ class TransformersDecoder:
         # What is left of the language model is the step from hidden states to logits, soft caps and scales included.
         setattr(language_model, language_model.base_model_prefix, _GivenHiddenStates())
 
-    def kv_bytes_per_block(self, block_size: int) -> int:
-        return 2 * self._layers * block_size * self._kv_heads * self._head_dim * self.dtype.itemsize
-
     def allocate_kv(self, num_blocks: int, block_size: int) -> KVCache:
         return self.ops.allocate_kv(self._layers, num_blocks, block_size, self._kv_heads, self._head_dim, self.dtype)
 

@@ -43,9 +43,6 @@ class SlotTable:
     def occupied(self) -> int:
         return len(self._occupants) - len(self._free)
 
-    def occupants(self) -> list[RequestState]:
-        return [state for state in self._occupants if state is not None]
-
     def occupant(self, slot: int) -> RequestState:
         state = self._occupants[slot]
         assert state is not None, f"slot {slot} is empty"
