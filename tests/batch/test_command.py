@@ -117,7 +117,9 @@ def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    for _ in range(3):  # an impatient one
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in said
