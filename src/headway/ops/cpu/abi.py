@@ -59,8 +59,8 @@ class Program(C.Structure):
     _fields_ = [
         ("ops", C.POINTER(Op)), ("num_ops", _i64), ("kv", KvLayout), ("num_heads", _i64), ("rotary_dim", _i64),
         ("cos_sin", _ptr), ("attention_scale", _f32), ("window", _i32), ("dtype", _i32), ("threads", _i32),
-        ("buffers", _ptr * BUFFERS), ("strides", _i64 * BUFFERS), ("logits", _ptr), ("logits_stride", _i64), ("vocab", _i64),
-        ("max_tokens", _i64), ("max_rows", _i64), ("scratch", _ptr), ("max_runs", _i64),
+        ("buffers", _ptr * BUFFERS), ("strides", _i64 * BUFFERS), ("logits", _ptr), ("logits_stride", _i64),
+        ("vocab", _i64), ("max_tokens", _i64), ("max_rows", _i64), ("scratch", _ptr), ("max_runs", _i64),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Memory in huge pages. A step streams all weights once: on 4 KB pages address translation alone costs a third of it."""
+"""Memory in huge pages. A step streams all weights once: on pages of 4 KB that takes a third longer."""
 
 from __future__ import annotations
 

@@ -109,7 +109,9 @@ class CpuOps(ReferenceOps):
             return super().allocate_kv(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype)  # type: ignore[return-value]
         layer_stride = num_blocks * block_size * num_kv_heads * head_dim * 2 * dtype.itemsize
         storage = huge_memory(num_layers * layer_stride)
-        layout = abi.KvLayout(storage.data_ptr(), layer_stride, num_blocks, block_size, num_kv_heads, head_dim, CODE[dtype])
+        layout = abi.KvLayout(
+            storage.data_ptr(), layer_stride, num_blocks, block_size, num_kv_heads, head_dim, CODE[dtype]
+        )
         return CpuKVCache(num_blocks, block_size, storage, layout)
 
     def write_kv(self, kv: CpuKVCache, layer: int, k_TGD: Tensor, v_TGD: Tensor, slot_mapping_T: Tensor) -> None:

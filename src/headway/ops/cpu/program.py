@@ -113,13 +113,26 @@ class CpuProgramBuilder:
         logits = torch.empty(max_runs, -(-self._vocab // 32) * 32)
         scratch = torch.zeros(8 * (max_tokens + max_runs) + 64, dtype=torch.int32)
         program = abi.Program(
-            ops=ops, num_ops=len(ops), kv=self._kv.layout, num_heads=num_heads,
-            rotary_dim=0 if cos_sin is None else cos_sin.shape[1], cos_sin=self._tensor(cos_sin),
-            attention_scale=scale, window=window or 0, dtype=CODE[dtype], threads=self._threads,
-            buffers=(ctypes.c_void_p * abi.BUFFERS)(*(b.data_ptr() for b in buffers)), strides=(ctypes.c_int64 * abi.BUFFERS)(*strides),
-            logits=logits.data_ptr(), logits_stride=logits.shape[1], vocab=self._vocab, max_tokens=max_tokens,
-            max_rows=max_runs, scratch=scratch.data_ptr(), max_runs=max_runs,
-        )  # fmt: skip
+            ops=ops,
+            num_ops=len(ops),
+            kv=self._kv.layout,
+            num_heads=num_heads,
+            rotary_dim=0 if cos_sin is None else cos_sin.shape[1],
+            cos_sin=self._tensor(cos_sin),
+            attention_scale=scale,
+            window=window or 0,
+            dtype=CODE[dtype],
+            threads=self._threads,
+            buffers=(ctypes.c_void_p * abi.BUFFERS)(*(b.data_ptr() for b in buffers)),
+            strides=(ctypes.c_int64 * abi.BUFFERS)(*strides),
+            logits=logits.data_ptr(),
+            logits_stride=logits.shape[1],
+            vocab=self._vocab,
+            max_tokens=max_tokens,
+            max_rows=max_runs,
+            scratch=scratch.data_ptr(),
+            max_runs=max_runs,
+        )
         self._keep += [ops, scratch, *buffers]
         return CpuProgram(self._kernels, program, logits, self._keep)
 
