@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -30,10 +31,13 @@ def run(options: BatchOptions, args: EngineArgs) -> int:
     writer = OrderedWriter(target)
     try:
         with writer:
-            tally, said = asyncio.run(_answer(source, writer, options, args, began))
-    except BaseException:
+            llm = AsyncLLM(**asdict(args))
+            tally, said = asyncio.run(_answer(llm, source, writer, options, began))
+    except BaseException as error:
         if writer.written and not writer.direct:
             print(f"headway: {writer.written} answered rows are kept in {writer.partial}", file=sys.stderr)
+        if isinstance(error, asyncio.CancelledError):
+            raise KeyboardInterrupt from None
         raise
     print(said, file=sys.stderr)
     if tally.first_error is not None:
@@ -55,10 +59,14 @@ def _paths(options: BatchOptions) -> tuple[Path, Path]:
 
 
 async def _answer(
-    source: Path, writer: OrderedWriter, options: BatchOptions, args: EngineArgs, began: float
+    llm: AsyncLLM, source: Path, writer: OrderedWriter, options: BatchOptions, began: float
 ) -> tuple[Tally, str]:
+    """Cancelled by Ctrl-C; further ones do not break into the engine's end."""
+    task = asyncio.current_task()
+    assert task
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     defaults = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
-    async with AsyncLLM(**asdict(args)) as llm:
+    async with llm:
         started = time.perf_counter()
         with Progress(count_lines(source)) as progress:
             tally = await BatchRun(llm, writer, progress.update).run(read_rows(source, defaults))
