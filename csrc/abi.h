@@ -65,10 +65,10 @@ struct Op {
 
 // The persistent batch (headway/worker/batch.py), indexed by slot.
 struct Batch {
-  const int32_t* tokens;
+  int32_t* tokens;
   int64_t token_stride;
-  const int32_t* computed;
-  const int32_t* length;
+  int32_t* computed;
+  int32_t* length;
   const int32_t* prompt_len;
   const int32_t* block_table;
   int64_t table_stride;
@@ -96,7 +96,8 @@ struct Program {
 };
 
 // One step. rows: indices into runs that produce logits; want[i]: 0 argmax, 1 sample, 2 float32 logits in
-// logits row i. token[i]: the chosen id (untouched for want 2).
+// logits row i. token[i]: the chosen id (untouched for want 2). advance: the batch
+// takes in what was computed and chosen, which is all there is to do when no row wants logits.
 struct Step {
   int64_t runs;
   const int32_t* run_slots;
@@ -105,6 +106,7 @@ struct Step {
   const int32_t* row_runs;
   const int32_t* want;
   int32_t* token;
+  int64_t advance;
 };
 
 }  // namespace headway

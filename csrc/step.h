@@ -161,6 +161,14 @@ void walk(Team team, const Program& p, const Batch& b, const Step& s, const Step
   choose_rows(team, p, b, s, best);
 }
 
+INLINE void advance_batch(const Batch& b, const Step& s) {
+  for (int64_t r = 0; r < s.runs; r++) b.computed[s.run_slots[r]] += s.run_tokens[r];
+  for (int64_t i = 0; i < s.rows; i++) {
+    const int64_t slot = s.run_slots[s.row_runs[i]];
+    b.tokens[slot * b.token_stride + b.length[slot]++] = s.token[i];
+  }
+}
+
 static int run_step(const Program* program, const Batch* batch, const Step* step) {
   const Program& p = *program;
   StepPlan plan;
@@ -173,5 +181,6 @@ static int run_step(const Program* program, const Batch* batch, const Step* step
     if (p.dtype == BF16) walk<Bf16Words>(team, p, *batch, *step, plan, runs, best.data());
     else walk<F32Words>(team, p, *batch, *step, plan, runs, best.data());
   });
+  if (step->advance) advance_batch(*batch, *step);
   return 0;
 }

@@ -73,11 +73,15 @@ class Batch:
             self._release(slot)
         for start in plan.starts:
             self._start(start)
-        for slot, block in zip(plan.blocks[::2], plan.blocks[1::2], strict=True):
-            self.block_table[slot, self.num_blocks[slot]] = block
-            self.num_blocks[slot] += 1
+        self.append_blocks(plan.blocks)
         self._set_runs(plan.runs)
         return self._runs()
+
+    def append_blocks(self, blocks: list[int]) -> None:
+        """Flat (slot, block) pairs."""
+        for slot, block in zip(blocks[::2], blocks[1::2], strict=True):
+            self.block_table[slot, self.num_blocks[slot]] = block
+            self.num_blocks[slot] += 1
 
     def advance(self, runs: Runs) -> None:
         """The step is over: its tokens are in the cache, and each sampled token, at tokens[slot, length], is known."""

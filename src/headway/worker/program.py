@@ -30,6 +30,13 @@ class Program(Protocol):
         """
         ...
 
+    def repeat(self) -> Int32Array:
+        """The last run once more, one token each, every row simple; here the batch takes in the tokens and advances.
+
+        The arrays given to run must not have moved. Returns the tokens, valid until the next run.
+        """
+        ...
+
     def logits(self, row: int) -> Float32Array:
         """[V] of a row that wanted LOGITS, valid until the next run."""
         ...

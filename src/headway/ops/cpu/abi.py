@@ -67,7 +67,7 @@ class Program(C.Structure):
 class Step(C.Structure):
     _fields_ = [
         ("runs", _i64), ("run_slots", _ptr), ("run_tokens", _ptr), ("rows", _i64), ("row_runs", _ptr), ("want", _ptr),
-        ("token", _ptr),
+        ("token", _ptr), ("advance", _i64),
     ]  # fmt: skip
 
 

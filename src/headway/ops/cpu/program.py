@@ -173,6 +173,8 @@ class CpuProgram:
         self._token = np.zeros(len(self._logits), np.int32)
         self._batch: abi.Batch | None = None
         self._bound: object = None
+        self._last = abi.Step()
+        self._arrays: tuple[NDArray[np.int32], ...] = ()
 
     def run(
         self,
@@ -189,12 +191,21 @@ class CpuProgram:
         if self._bound is not batch:
             self._bind(batch)
         token = self._token[: len(rows)]
-        step = abi.Step(
+        self._arrays = (run_slots, run_tokens, rows, want, token)
+        self._last = abi.Step(
             len(run_slots), run_slots.ctypes.data, run_tokens.ctypes.data, len(rows), rows.ctypes.data,
-            want.ctypes.data, token.ctypes.data,
+            want.ctypes.data, token.ctypes.data, 0,
         )  # fmt: skip
-        self._step(ctypes.byref(self._struct), ctypes.byref(self._batch), ctypes.byref(step))
+        self._call()
         return token
+
+    def repeat(self) -> NDArray[np.int32]:
+        self._last.advance = 1
+        self._call()
+        return self._arrays[-1]
+
+    def _call(self) -> None:
+        self._step(ctypes.byref(self._struct), ctypes.byref(self._batch), ctypes.byref(self._last))
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """float32 [vocab] of a row that wanted LOGITS, valid until the next run."""
