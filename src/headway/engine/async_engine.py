@@ -13,7 +13,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from headway.engine.constraints import constraint
@@ -28,11 +28,11 @@ _Item = EngineOutput | BaseException
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One caller's end: items are put on the caller's own event loop."""
+    """A request and its caller's end: items, which a caller's requests share, are put on the caller's event loop."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue[_Item])
+    items: asyncio.Queue[_Item]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +75,26 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="headway-engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, request: Request) -> AsyncGenerator[EngineOutput, None]:
-        """Outputs until one has a finish_reason. Closing the iterator early aborts the request.
+    async def generate(self, *requests: Request) -> AsyncGenerator[EngineOutput, None]:
+        """The requests' outputs in the order the engine gives them, until each has one with a finish_reason.
 
-        Raises RequestError for a bad request, and what ended the engine if it fails.
+        Closing the iterator early aborts what still runs. Raises RequestError for a bad request, and what ended the
+        engine if it fails.
         """
-        stream = _Stream(request, asyncio.get_running_loop())
-        self._post(stream)
-        ended = False
+        loop, items = asyncio.get_running_loop(), asyncio.Queue[_Item]()
+        running = {request.request_id: _Stream(request, loop, items) for request in requests}
         try:
-            while not ended:
-                item = await stream.items.get()
-                ended = isinstance(item, BaseException) or item.finish_reason is not None
+            for stream in running.values():
+                self._post(stream)
+            while running:
+                item = await items.get()
                 if isinstance(item, BaseException):
                     raise item
+                if item.finish_reason is not None:
+                    del running[item.request_id]
                 yield item
         finally:
-            if not ended:
+            for stream in running.values():
                 self._post(_Leave(stream), dead_is_fine=True)
 
     def abort(self, request_ids: list[str]) -> None:

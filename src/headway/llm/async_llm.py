@@ -54,7 +54,7 @@ class AsyncLLM(Client):
             if name in self._aborted_early:
                 source = _aborted(prepared.requests)
             else:
-                source = self._outputs(prepared.requests)
+                source = self._engine.generate(*prepared.requests)
             async with aclosing(source) as outputs:
                 async for output in outputs:
                     delta, must_abort = result.feed(output)
@@ -141,32 +141,6 @@ class AsyncLLM(Client):
         if _is_quick(item, params):
             return prepare(request_id, item, params, delta=delta, priority=priority)
         return await asyncio.to_thread(prepare, request_id, item, params, delta=delta, priority=priority)
-
-    def _outputs(self, requests: list[Request]) -> AsyncGenerator[EngineOutput, None]:
-        return self._engine.generate(requests[0]) if len(requests) == 1 else self._merged(requests)
-
-    async def _merged(self, requests: list[Request]) -> AsyncGenerator[EngineOutput, None]:
-        """The outputs of all samples as they come; leaving early aborts those that run."""
-        queue: asyncio.Queue[EngineOutput | BaseException] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._forward(request, queue)) for request in requests]
-        try:
-            while True:
-                item = await queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _forward(self, request: Request, queue: asyncio.Queue[EngineOutput | BaseException]) -> None:
-        try:
-            async with aclosing(self._engine.generate(request)) as outputs:
-                async for output in outputs:
-                    queue.put_nowait(output)
-        except Exception as error:
-            queue.put_nowait(error)
 
 
 async def _aborted(requests: list[Request]) -> AsyncGenerator[EngineOutput, None]:
