@@ -20,7 +20,8 @@ VOCAB = 49152
 
 BAD_PROMPTS: list[tuple[Any, str]] = [
     ("", "prompt"),
-    ([], "prompt"),
+    ([], "prompt_token_ids"),
+    ("word " * 2_000_000, "prompt"),
     ([VOCAB], "prompt_token_ids"),
     ([5, -1], "prompt_token_ids"),
     ([1 << 40], "prompt_token_ids"),
@@ -123,7 +124,7 @@ async def test_bad_requests_cost_running_neighbours_nothing(llm: LLM, expected: 
 def test_an_encoder_refuses_what_it_cannot_do() -> None:
     with LLM("all-minilm-l6-v2") as minilm:
         before = minilm.embed("x")[0].data
-        for prompt, field in (([30522], "prompt_token_ids"), ([101] * 513, "prompt"), ([], "prompt")):
+        for prompt, field in (([30522], "prompt_token_ids"), ([101] * 513, "prompt"), ([], "prompt_token_ids")):
             with pytest.raises(RequestError) as caught:
                 minilm.embed([prompt])
             assert caught.value.field == field

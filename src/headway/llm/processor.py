@@ -64,7 +64,7 @@ class Processor:
     def prepare(
         self, request_id: str, prompt: Prompt, params: Params, *, delta: bool = False, priority: int = 0
     ) -> Prepared:
-        item = as_input(prompt)
+        item = self._input(prompt)
         (token_ids,) = self._tokenize([item])
         return self._prepared(request_id, item, token_ids, params, self._decide(params), delta, priority)
 
@@ -78,13 +78,22 @@ class Processor:
             items: list[PromptInput] = []
             for i in places:
                 with _place(i, len(prompts)):
-                    items.append(as_input(prompts[i]))
+                    items.append(self._input(prompts[i]))
             for i, item, token_ids in zip(places, items, self._tokenize(items), strict=True):
                 with _place(i, len(prompts)):
                     one = params[i]
                     if id(one) not in decided:
                         decided[id(one)] = one, self._decide(one)
                     yield self._prepared(next(request_ids), item, token_ids, one, decided[id(one)][1])
+
+    def _input(self, prompt: Prompt) -> PromptInput:
+        """Refuses a text that cannot fit before minutes and gigabytes go into its tokens."""
+        item = as_input(prompt)
+        text, limit = item.text or "", self._config.model.max_model_len
+        if len(text) > limit and (least := self._tokenizer.fewest_tokens(text)) > limit:
+            accepted = f"prompt has at least {least} tokens; max_model_len is {limit}"
+            raise RequestError("prompt", f"{len(text)} characters", accepted)
+        return item
 
     def _tokenize(self, items: Sequence[PromptInput]) -> list[list[int]]:
         ids = [item.token_ids for item in items]
@@ -117,15 +126,17 @@ class Processor:
             priority=priority,
         )
         if isinstance(params, PoolingParams):
-            self._check_length(token_ids, 0)
+            self._check_length(item, token_ids, 0)
             requests = [msgspec.structs.replace(base, pooling=params)]
         else:
-            requests = self._samples(base, params, decided, delta)
+            requests = self._samples(base, params, decided, delta, self._check_length(item, token_ids, 1))
         check(requests[0], self._config)
         return Prepared(request_id=request_id, prompt=item.text, params=params, requests=requests, delta=delta)
 
-    def _samples(self, base: Request, params: SamplingParams, decided: _Decided, delta: bool) -> list[Request]:
-        room = self._check_length(base.prompt_token_ids, 1)
+    def _samples(
+        self, base: Request, params: SamplingParams, decided: _Decided, delta: bool, room: int
+    ) -> list[Request]:
+        """room: how many tokens fit after the prompt."""
         seed = params.seed if params.seed is not None else self._random.getrandbits(_SEED_BITS)
         return [
             msgspec.structs.replace(
@@ -141,11 +152,14 @@ class Processor:
             for i in range(params.n)
         ]
 
-    def _check_length(self, token_ids: list[int], generated: int) -> int:
+    def _check_length(self, item: PromptInput, token_ids: list[int], generated: int) -> int:
         """How many tokens fit after the prompt; at least ``generated`` must."""
         limit, length = self._config.model.max_model_len, len(token_ids)
         if not length:
-            raise RequestError("prompt", "", "prompt has 0 tokens; at least 1 is needed")
+            field = "prompt_token_ids" if item.text is None else "prompt"
+            raise RequestError(
+                field, token_ids if item.text is None else item.text, "prompt has 0 tokens; at least 1 is needed"
+            )
         if length + generated > limit:
             room = f", of which {generated} must be left to generate" if generated and length == limit else ""
             raise RequestError(

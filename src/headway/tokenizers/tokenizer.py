@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from headway.errors import RequestError
+from headway.tokenizers.bound import ByteLevelBound
 
 # A decoder looks back one token at most (a leading space, a joined byte); a few more cost nothing.
 CONTEXT_TOKENS = 6
@@ -50,6 +52,14 @@ class Tokenizer:
         self._pieces: dict[int, str] = {}
         # Any ordinary token: what a piece looks like after it is what the piece contributes to a running text.
         self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
+
+    def fewest_tokens(self, text: str) -> int:
+        """What the text has at least, found without tokenising it; 0 where nothing is certain."""
+        return 0 if self._byte_level is None else self._byte_level.fewest_tokens(text)
+
+    @cached_property
+    def _byte_level(self) -> ByteLevelBound | None:
+        return ByteLevelBound.of(self.backend)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.encode_batch([text], add_special_tokens)[0]
