@@ -181,6 +181,10 @@ def test_directory_without_weights(checkpoint: Make, load: Make) -> None:
         ("{}", "has no model_type"),
         ('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}', "num_attention_heads is missing"),
         ('{"model_type": "bert", "architectures": ["BertForTokenClassification"]}', "must end in ForCausalLM"),
+        (
+            '{"model_type": "foo", "architectures": ["FooForCausalLM"], "hidden_size": 8}',
+            "FooForCausalLM is not among the supported model types llama, .*: num_attention_heads, vocab_size",
+        ),
         ('{"model_type": "t5", "architectures": ["T5Model"]}', "T5Model is not supported; supported are the model"),
     ],
 )

@@ -11,13 +11,15 @@ from headway.config.settings import Dtype
 from headway.errors import ModelError
 from headway.gguf import GGUFFile
 from headway.models import families
-from headway.models.families.common import Config, num_labels, required
+from headway.models.families.common import Config, num_labels
 from headway.models.loading.config import config_from_gguf, is_gguf, read_config, read_json
 from headway.models.loading.pooling import max_prompt
 from headway.models.loading.safetensors_file import read_headers
 
 _DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
+# What sizes a decoder that only transformers knows.
+_SIZES = ("num_attention_heads", "hidden_size", "vocab_size", "num_hidden_layers")
 # What decoders call the longest sequence.
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
@@ -85,14 +87,21 @@ def _unknown_decoder_shape(config: Config) -> dict[str, int]:
     if not name.endswith(("ForCausalLM", "LMHeadModel")):
         known = ", ".join(families.SUPPORTED)
         raise ModelError(f"architecture {name} is not supported; supported are the model types {known}")
-    heads, hidden_size = required(config, "num_attention_heads"), required(config, "hidden_size")
     positions = next((config[key] for key in _POSITIONS if config.get(key)), None)
+    missing = [key for key in _SIZES if config.get(key) is None]
     if positions is None:
-        raise ModelError(f"config.json: none of {', '.join(_POSITIONS)} is there")
+        missing.append(" or ".join(_POSITIONS))
+    if missing:
+        known = ", ".join(families.SUPPORTED)
+        raise ModelError(
+            f"architecture {name} is not among the supported model types {known}, and config.json lacks what running "
+            f"it with transformers takes: {', '.join(missing)}"
+        )
+    heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
     return {
-        "vocab_size": required(config, "vocab_size"),
+        "vocab_size": config["vocab_size"],
         "hidden_size": hidden_size,
-        "num_layers": required(config, "num_hidden_layers"),
+        "num_layers": config["num_hidden_layers"],
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or hidden_size // heads,
         "max_positions": positions,
