@@ -194,8 +194,9 @@ def test_without_chunking_a_step_must_hold_the_longest_prompt() -> None:
 
 def test_without_compiled_kernels_the_reference_runs_and_a_warning_says_so() -> None:
     bare = replace(MACHINE, has_cpu_kernels=False)
-    with pytest.warns(RuntimeWarning, match="the compiled kernels are not installed"):
+    with pytest.warns(RuntimeWarning, match="the compiled kernels are not installed") as caught:
         config = settled(machine=bare)
+    assert caught[0].filename == __file__  # the caller's line, not one of ours
     assert config.device.ops == "reference"
     assert why(config, "ops")[1] == "the compiled kernels are not installed"
     assert refused(machine=bare, ops="cpu").field == "ops"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import TypeVar
 
@@ -133,7 +134,7 @@ def _device(choices: _Choices, machine: MachineFacts) -> DeviceConfig:
     compiled = machine.has_cpu_kernels
     reason = "the compiled kernels are installed" if compiled else "the compiled kernels are not installed"
     if args.ops is None and not compiled:
-        warnings.warn(NO_KERNELS, RuntimeWarning, stacklevel=2)
+        warnings.warn(NO_KERNELS, RuntimeWarning, stacklevel=_callers_level())
     ops = choices.pick("ops", args.ops, "cpu" if compiled else "reference", reason)
     if args.quantization == "int8" and ops == "reference":
         raise ConfigError("quantization", "int8", "needs the compiled kernels, but ops is reference")
@@ -144,6 +145,14 @@ def _device(choices: _Choices, machine: MachineFacts) -> DeviceConfig:
         threads=_threads(choices, machine),
         enforce_eager=choices.pick("enforce_eager", args.enforce_eager, False, "a compiled step is faster"),
     )
+
+
+def _callers_level() -> int:
+    """The stacklevel, for a warning of the function that asks, at which its line is the first outside headway."""
+    level, frame = 1, sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("headway."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _isa(choices: _Choices, machine: MachineFacts, ops: str) -> Isa:
