@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -206,6 +208,32 @@ def test_ctrl_c_interrupts_a_wait(executor: UniExecutor) -> None:
     assert time.monotonic() - start < 1.5
     timer.join()
     assert future.result().step == 0
+
+
+INTERRUPTED_CLOSE = """
+import os, signal, threading, time
+from tests.executor.test_uni import CONFIG, Worker
+from headway.executor.uni import UniExecutor
+from headway.messages import StepPlan
+
+class Loud(Worker):
+    def close(self):
+        os.write(1, b"closed")
+
+executor = UniExecutor(CONFIG, Loud)
+executor.start()
+executor.submit(StepPlan(step=0, releases=[1]))
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    executor.close()
+except KeyboardInterrupt:
+    os.write(1, b"interrupted ")
+"""
+
+
+def test_an_interrupted_close_is_finished_at_exit() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_CLOSE], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted closed", "", 0)
 
 
 def test_an_unknown_executor_is_named() -> None:

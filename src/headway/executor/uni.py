@@ -41,13 +41,17 @@ class _Closed(BaseException):
 
 
 class _Mailbox:
-    """What both sides share. ``error``: what ended the worker; set once, by its thread."""
+    """What both sides share. ``error``: what ended the worker; set once, by its thread; ended: set as its last deed.
+
+    The latter is waited for because Thread.join, once interrupted, takes the thread for ended (Python before 3.13).
+    """
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[tuple[Future[Any], str, tuple[Any, ...]] | None] = SimpleQueue()
         self.masks: SimpleQueue[tuple[int, Masks] | None] = SimpleQueue()
         self.error: WorkerError | None = None
         self.closing = False
+        self.ended = threading.Event()
 
     def wait_masks(self, step: int) -> Masks:
         item = self.masks.get()
@@ -80,7 +84,7 @@ class UniExecutor:
             raise EngineDead("the executor was closed")
         started: Future[WorkerInfo] = Future()
         args = (self._config, self._make_worker, self._box, started)
-        self._thread = threading.Thread(target=_serve, args=args, name="headway-worker", daemon=True)
+        self._thread = threading.Thread(target=_run, args=args, name="headway-worker", daemon=True)
         self._thread.start()
         # Also runs at interpreter exit, so that no daemon thread is inside a kernel while modules go away.
         self._finalizer = weakref.finalize(self, _shut_down, self._box, self._thread, 5.0)
@@ -109,10 +113,11 @@ class UniExecutor:
         self._box.closing = True
         if self._finalizer is None or self._thread is None:
             return
-        self._finalizer.detach()
         _shut_down(self._box, self._thread, timeout)
-        if self._thread.is_alive():
+        if not self._box.ended.is_set():
             raise EngineError(f"the worker's thread did not end within {timeout} s; it ends after its step")
+        # Not before: what interrupts the wait leaves the rest of it to the interpreter's exit.
+        self._finalizer.detach()
 
     def _put(self, method: str, args: tuple[Any, ...]) -> Future[Any]:
         if self._box.error is not None:
@@ -128,8 +133,21 @@ def _shut_down(box: _Mailbox, thread: threading.Thread, timeout: float) -> None:
     box.closing = True
     box.jobs.put(None)
     box.masks.put(None)
-    if thread is not threading.current_thread():  # garbage collection may run this anywhere
+    # Garbage collection may run this anywhere, on that thread too.
+    if thread is not threading.current_thread() and box.ended.wait(timeout):
         thread.join(timeout)
+
+
+def _run(
+    config: EngineConfig,
+    make_worker: Callable[[EngineConfig], UniWorker],
+    box: _Mailbox,
+    started: Future[WorkerInfo],
+) -> None:
+    try:
+        _serve(config, make_worker, box, started)
+    finally:
+        box.ended.set()
 
 
 def _serve(
