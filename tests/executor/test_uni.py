@@ -223,7 +223,7 @@ class Loud(Worker):
 executor = UniExecutor(CONFIG, Loud)
 executor.start()
 executor.submit(StepPlan(step=0, releases=[1]))
-threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
 try:
     executor.close()
 except KeyboardInterrupt:
