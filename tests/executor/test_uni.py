@@ -211,18 +211,25 @@ def test_ctrl_c_interrupts_a_wait(executor: UniExecutor) -> None:
 
 
 INTERRUPTED_CLOSE = """
-import os, signal, threading, time
+import os, signal, threading
 from tests.executor.test_uni import CONFIG, Worker
 from headway.executor.uni import UniExecutor
 from headway.messages import StepPlan
 
+stepping = threading.Event()
+
 class Loud(Worker):
+    def step(self, plan, masks):
+        stepping.set()
+        return super().step(plan, masks)
+
     def close(self):
         os.write(1, b"closed")
 
 executor = UniExecutor(CONFIG, Loud)
 executor.start()
 executor.submit(StepPlan(step=0, releases=[1]))
+stepping.wait()
 threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
 try:
     executor.close()
