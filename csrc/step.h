@@ -125,7 +125,7 @@ INLINE void choose_rows(Team& team, const Program& p, const Batch& b, const Step
           const Best& other = best[t * s.rows + i];
           if (other.value > winner.value || (other.value == winner.value && other.column < winner.column)) winner = other;
         }
-        s.token[i] = winner.column;
+        s.token[i] = winner.column == INT32_MAX ? 0 : winner.column;  // a model that yields nothing but NaN
       } else if (s.want[i] == 1) {
         const int64_t slot = s.run_slots[s.row_runs[i]];
         const float u = uniform(b.seed[slot], (uint64_t)(b.length[slot] - b.prompt_len[slot]));

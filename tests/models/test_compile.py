@@ -11,7 +11,7 @@ from headway.models.compile import compile_decoder
 from headway.models.registry import load_model
 from headway.ops import get_ops
 from headway.ops.cpu import abi
-from headway.ops.cpu.program import LOGITS
+from headway.ops.cpu.program import ARGMAX, LOGITS, SAMPLE
 from headway.worker.batch import Batch
 
 pytestmark = pytest.mark.skipif(abi.library() is None, reason="the kernels were not built on this machine")
@@ -82,3 +82,18 @@ def test_rows_are_the_same_bits_whatever_else_is_in_the_step(checkpoint, prompts
     for count in (7, 1, 15):
         last = pieces.step({0: count})[0]
     assert torch.equal(last, batched[0])
+
+
+def test_a_model_of_nothing_but_nan_still_yields_token_ids(checkpoint, prompts):
+    """The next step looks its embedding up: an id outside the vocabulary would read foreign memory."""
+    model_hf, path = checkpoint("llama", head_dim=16)
+    with torch.no_grad():
+        model_hf.model.norm.weight.fill_(float("nan"))
+    model_hf.save_pretrained(path)
+    config = ModelConfig(path=str(path), served_model_name="m", dtype="float32")
+    run = ProgramRun(load_model(config, get_ops("cpu", threads=2)), prompts)
+    one = np.zeros(1, np.int32)
+    for want in (ARGMAX, SAMPLE):
+        run.batch.temperature[0] = run.batch.top_p[0] = 1.0
+        token = run.program.run(run.batch, one, one + 1, one, np.full(1, want, np.int32))
+        assert 0 <= token[0] < model_hf.config.vocab_size
