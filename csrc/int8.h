@@ -3,7 +3,8 @@
 
 static constexpr int ROWS8 = ROWS > 1 ? ROWS / 2 : 1;  // two accumulators, high and low, for what one takes in bfloat16
 
-// Quantises one column of groups * 4 weights (a multiple of 16) into words 32 apart. offset: -128 * the sum of the quantised column.
+// Quantises one column of groups * 4 weights (a multiple of 16) into words 32 apart. offset: -128 * the sum of what it
+// rounds to.
 INLINE void pack_int8_column(const float* row, int64_t groups, uint32_t* words, float* scale, int32_t* offset) {
   v16 peaks = splat(0.f);
   for (int64_t k = 0; k < groups * 4; k += 16) {

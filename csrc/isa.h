@@ -1,6 +1,6 @@
 // Compiles every kernel for one instruction set: the including file is built with that set's flags and names it.
 // Nothing here may come from a standard template or an inline function outside the set's namespace: the linker would
-// keep one set's code for all.
+// keep one set's code for all. (std::atomic is no exception: its members become single instructions.)
 #include <linux/futex.h>
 #include <omp.h>
 #include <stdlib.h>

@@ -56,6 +56,15 @@ def test_products_equal_the_reference_for_any_shape(ops, dtype, rows, n, k):
     assert error(residual, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("n", [64, 50])
+def test_sums_in_float32_are_not_rounded_on_the_way(ops, n):
+    """Logits of bfloat16 models: rounded, they would tie where they do not."""
+    x, w = torch.randn(5, 96).bfloat16(), torch.randn(n, 96).bfloat16()
+    logits = torch.zeros(5, n)
+    ops.linear_add(x, ops.pack_linear(w, dtype=torch.bfloat16), logits)
+    assert error(logits, x.double() @ w.double().T) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_gated_products_equal_the_reference(ops, dtype, activation):

@@ -67,7 +67,9 @@ class CpuOps(ReferenceOps):
 
     def linear_add(self, x_TK: Tensor, weight: CpuLinear, residual_TN: Tensor) -> None:
         if weight.out_features % 32 or not residual_TN.is_contiguous():
-            residual_TN += self.linear(x_TK, weight)
+            whole = residual_TN.new_empty(len(x_TK), weight.struct.panels * 32)  # float32: not rounded on the way
+            self._linear(x_TK, weight, LinearMode.SET, None, whole)
+            residual_TN += whole[:, : weight.out_features]
         else:
             self._linear(x_TK, weight, LinearMode.ADD, None, residual_TN)
 
