@@ -1,5 +1,6 @@
 """What crosses a boundary: msgspec structs, array-like and tagged on the wire. Knows no torch."""
 
+from headway.messages.group import RankGroup
 from headway.messages.outputs import Completion, EngineOutput, Logprob, PooledOutput, RequestOutput
 from headway.messages.params import PoolingParams, SamplingParams, StructuredOutput
 from headway.messages.request import Request
@@ -12,6 +13,7 @@ __all__ = [
     "Logprob",
     "PooledOutput",
     "PoolingParams",
+    "RankGroup",
     "Request",
     "RequestOutput",
     "RowLogprobs",

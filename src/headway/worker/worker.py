@@ -19,6 +19,7 @@ from headway.worker.runner import DecoderRunner, EncoderRunner, Masks, Runner
 
 if TYPE_CHECKING:
     from headway.config.settings import EngineConfig
+    from headway.messages import RankGroup
     from headway.models.port import CausalModel, EncoderModel
     from headway.ops.port import KVCache, Ops
     from headway.worker.program import Program
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 class Worker:
     """Used by one thread: ``load`` once, then ``step`` in the order of the plans. An exception in a step ends it."""
 
-    def __init__(self, config: EngineConfig, rank: int = 0) -> None:
-        self._config, self._rank = config, rank
+    def __init__(self, config: EngineConfig, rank: int = 0, group: RankGroup | None = None) -> None:
+        """group: how it reaches the other ranks, where there are any."""
+        self._config, self._rank, self._group = config, rank, group
         self._runner: Runner | None = None
 
     def load(self) -> WorkerInfo:

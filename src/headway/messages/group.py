@@ -1,0 +1,19 @@
+"""How the ranks of one engine reach each other: what an executor tells each of its workers."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Rank ``rank`` of ``size`` (pipeline_rank, tensor_rank = divmod(rank, tensor_parallel_size)).
+
+    memory: the number, in the worker's process, of an open memfd that all ranks share; they give it its size. Only for
+    ranks of one node, and the fastest there. store: "host:port" of a torch.distributed TCPStore that rank 0 serves, or
+    "env://" under torchrun, for everything else. One of them is needed where size > 1.
+    """
+
+    rank: int
+    size: int
+    memory: int | None = None
+    store: str | None = None
