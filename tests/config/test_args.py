@@ -30,6 +30,7 @@ def test_an_unknown_setting_suggests_the_nearest() -> None:
         ("gpu_memory_utilization", 1.5, "must be at most 1.0"),
         ("enforce_eager", 1, "must be true or false"),
         ("tensor_parallel_size", None, "must be an integer"),
+        ("placement_group_config", [{"CPU": 1}], "must be a mapping"),
     ],
 )
 def test_a_bad_value_names_the_field_and_what_is_accepted(name: str, value: Any, accepted: str) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 
 from headway.config import machine
-from headway.config.machine import machine_facts
+from headway.config.machine import Launched, machine_facts
 
 
 def test_this_machine_has_cores_and_memory() -> None:
@@ -40,3 +40,15 @@ def test_omp_num_threads_is_reported_where_set(monkeypatch) -> None:
     assert machine_facts().omp_num_threads == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     assert machine_facts().omp_num_threads is None
+
+
+def test_what_torchrun_says_is_read_where_it_is_whole(monkeypatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert machine_facts().launched is None
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert machine_facts().launched == Launched(rank=1, world_size=4, local_rank=1, local_world_size=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert machine_facts().launched == Launched(rank=1, world_size=4, local_rank=1, local_world_size=2)

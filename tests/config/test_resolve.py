@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.config import EngineArgs, EngineConfig, MachineFacts, ModelFacts, resolve
+from headway.config.machine import Launched
 from headway.config.resolve import kv_bytes_per_token
 from headway.errors import ConfigError
 
@@ -67,24 +68,84 @@ def test_one_rank_runs_in_process_and_says_why() -> None:
     assert settled(distributed_executor_backend="auto") == config
 
 
-@pytest.mark.parametrize("executor", ["mp", "ray", "external_launcher"])
-def test_an_executor_that_is_not_there_names_those_that_are(executor: str) -> None:
-    accepted = refused(distributed_executor_backend=executor).accepted
-    assert accepted == "this version has auto, uni, fake, or an import path module:Class"
+def test_an_executor_that_is_not_there_names_those_that_are() -> None:
+    accepted = refused(distributed_executor_backend="dask").accepted
+    assert accepted == "must be auto, uni, mp, ray, external_launcher, fake, or an import path module:Class"
 
 
 def test_an_executor_of_the_users_own_is_an_import_path() -> None:
     assert settled(distributed_executor_backend="package.module:Mine").parallel.executor == "package.module:Mine"
 
 
-def test_more_than_one_rank_is_refused_by_name() -> None:
-    assert refused(tensor_parallel_size=3).field == "tensor_parallel_size"
-    assert refused(pipeline_parallel_size=2).field == "pipeline_parallel_size"
+def chosen(ray: Any = None, cores: int = 4, free_memory: int = 16 << 30, **kwargs: Any) -> tuple[object, str]:
+    machine = replace(MACHINE, cores=cores, free_memory=free_memory, ray=ray)
+    return why(settled(machine=machine, **kwargs), "distributed_executor_backend")
+
+
+def test_several_ranks_run_in_processes_of_this_node() -> None:
+    executor, reason = chosen(tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert executor == "mp" and "4 ranks" in reason and "fit on this node" in reason
+    assert chosen("cluster", pipeline_parallel_size=2)[0] == "mp"
+
+
+def test_ranks_that_do_not_fit_go_to_ray_where_there_is_a_cluster() -> None:
+    executor, reason = chosen("cluster", cores=2, pipeline_parallel_size=3)
+    assert executor == "ray" and "3 ranks for 2 cores" in reason
+    executor, reason = chosen("cluster", free_memory=250 << 20, pipeline_parallel_size=2, max_model_len=64)
+    assert executor == "ray" and "257 MiB of weights for 250 MiB of free memory" in reason
+    executor, reason = chosen(cores=2, pipeline_parallel_size=3)
+    assert executor == "mp" and "no Ray cluster is at hand" in reason
+
+
+def test_inside_a_placement_group_several_ranks_take_its_bundles_and_one_stays_here() -> None:
+    assert chosen("placement_group", tensor_parallel_size=2)[0] == "ray"
+    assert chosen("placement_group")[0] == "uni"
+
+
+def test_uni_runs_one_rank_and_names_the_executors_that_run_more() -> None:
+    error = refused(distributed_executor_backend="uni", tensor_parallel_size=3)
+    assert error.field == "distributed_executor_backend"
+    assert "tensor_parallel_size * pipeline_parallel_size = 3; auto, mp, ray and external_launcher" in error.accepted
+
+
+def test_sizes_that_cannot_be_are_refused_by_name() -> None:
+    assert refused(pipeline_parallel_size=31).accepted == "the model has 30 layers"
     assert refused(data_parallel_size=2).field == "data_parallel_size"
+    assert refused(ENCODER, tensor_parallel_size=2).field == "tensor_parallel_size"
 
 
-def test_tensor_parallel_must_fit_the_heads() -> None:
-    assert "3 key/value heads" in str(refused(tensor_parallel_size=2))
+def test_ranks_of_a_node_divide_its_cores_and_its_memory() -> None:
+    small = replace(MACHINE, free_memory=4 << 30)
+    one, two = settled(machine=small), settled(machine=small, pipeline_parallel_size=2)
+    assert (one.device.threads, two.device.threads) == (4, 2)
+    assert "a rank's share of the 4 cores that 2 ranks may use" in why(two, "threads")[1]
+    assert settled(machine=replace(small, cores=2), pipeline_parallel_size=3).device.threads == 1
+    assert abs(one.cache.num_blocks - two.cache.num_blocks) <= 1  # half the layers in half the memory
+    assert "which 2 ranks divide" in why(two, "kv_cache_memory_bytes")[1]
+
+
+def launched(world_size: int, **kwargs: Any) -> MachineFacts:
+    own = Launched(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size)
+    return replace(MACHINE, launched=own, **kwargs)
+
+
+def test_an_external_launcher_must_have_launched_this_process() -> None:
+    error = refused(distributed_executor_backend="external_launcher")
+    assert "WORLD_SIZE" in error.accepted and "torchrun" in error.accepted
+
+
+def test_a_launch_holds_whole_replicas() -> None:
+    external = {"distributed_executor_backend": "external_launcher"}
+    assert settled(machine=launched(2), **external, pipeline_parallel_size=2).parallel.executor == "external_launcher"
+    assert settled(machine=launched(4), **external, pipeline_parallel_size=2).device.threads == 1
+    error = refused(machine=launched(3), **external, pipeline_parallel_size=2)
+    assert "tensor_parallel_size * pipeline_parallel_size = 2 must divide WORLD_SIZE = 3" in error.accepted
+
+
+def test_torchruns_own_omp_num_threads_is_no_choice() -> None:
+    external = {"distributed_executor_backend": "external_launcher", "pipeline_parallel_size": 2}
+    assert settled(machine=launched(2, omp_num_threads=1), **external).device.threads == 2
+    assert settled(machine=launched(2, omp_num_threads=3), **external).device.threads == 3
 
 
 def test_given_settings_win_and_are_marked_as_given() -> None:

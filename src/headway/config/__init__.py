@@ -11,6 +11,7 @@ from headway.config.settings import (
     EngineConfig,
     ModelConfig,
     ParallelConfig,
+    RayConfig,
     SchedulerConfig,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "ModelFacts",
     "ParallelConfig",
+    "RayConfig",
     "SchedulerConfig",
     "machine_facts",
     "resolve",

@@ -36,7 +36,7 @@ class EngineArgs:
     seed: int | None = setting(text="seeds requests that bring no seed of their own", low=0)
 
     block_size: int | None = setting(text="tokens a KV cache block", low=1, high=256)
-    kv_cache_memory_bytes: int | None = setting(text="bytes of KV cache", low=1)
+    kv_cache_memory_bytes: int | None = setting(text="bytes of KV cache, on each rank", low=1)
     gpu_memory_utilization: float | None = setting(
         text="share of the device's free memory to use (on CPU: of main memory)", low=0.01, high=1.0
     )
@@ -48,16 +48,27 @@ class EngineArgs:
     scheduling_policy: Literal["fcfs", "priority"] | None = setting(text="order of waiting requests")
     async_scheduling: bool | None = setting(text="plan the next step while the current one runs")
 
-    distributed_executor_backend: str | None = setting(text="where the model step runs")
+    distributed_executor_backend: str | None = setting(
+        text="where the model step runs: auto, uni, mp, ray, external_launcher, or an import path module:Class"
+    )
     tensor_parallel_size: int = setting(1, text="ranks that share every layer", short="-tp", low=1)
     pipeline_parallel_size: int = setting(1, text="ranks that split the layers", short="-pp", low=1)
     data_parallel_size: int = setting(1, text="replicas of the engine", short="-dp", low=1)
 
+    ray_address: str | None = setting(
+        text="ray: the cluster to join (default: RAY_ADDRESS, one that runs here, a new one)"
+    )
+    placement_group_config: dict[str, Any] | None = setting(
+        text="ray: bundles or bundle_per_worker, and strategy; on the command line as JSON"
+    )
+    placement_group_timeout_s: float = setting(300.0, text="ray: how long to wait for resources", low=0)
+
     device: Literal["cpu"] | None = setting(text="what computes")
     ops: Literal["reference", "cpu"] | None = setting(text="which kernels")
     isa: Literal["avx512bf16", "avx512", "avx2", "portable"] | None = setting(text="instruction set of the cpu kernels")
-    threads: int | None = setting(text="compute threads", low=1)
+    threads: int | None = setting(text="compute threads, of each rank", low=1)
     enforce_eager: bool | None = setting(text="operation by operation instead of a compiled step")
+    trace: str | None = setting(text="write where each step's time went to this file, for ui.perfetto.dev")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -88,7 +99,7 @@ class Kind:
 
 @cache
 def kinds(owner: type) -> dict[str, Kind]:
-    """The fields of a dataclass of settings by name; each is a str, int, float, bool or Literal, or that or None."""
+    """A settings dataclass's fields by name; each is a str, int, float, bool, dict or Literal, or that or None."""
     return {name: _kind(hint) for name, hint in get_type_hints(owner).items()}
 
 
@@ -98,7 +109,7 @@ def _kind(hint: Any) -> Kind:
         (hint,) = (a for a in get_args(hint) if a is not type(None))
     if get_origin(hint) is Literal:
         return Kind(str, get_args(hint), optional)
-    return Kind(hint, (), optional)
+    return Kind(get_origin(hint) or hint, (), optional)
 
 
 def check_fields(owner: Any) -> None:
@@ -123,6 +134,7 @@ def _not_accepted(value: Any, kind: Kind, low: float | None, high: float | None)
             int: "must be an integer",
             float: "must be a number",
             bool: "must be true or false",
+            dict: "must be a mapping",
         }[kind.type]
     if low is not None and value < low:
         return f"must be at least {low}"

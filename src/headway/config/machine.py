@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Isa = Literal["avx512bf16", "avx512", "avx2", "portable"]
 
@@ -22,11 +24,22 @@ ISA_FLAGS: dict[Isa, frozenset[str]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """What torchrun, or a launcher that speaks like it, tells each process it starts. Local: among those of a node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MachineFacts:
     """cores: CPUs this process may use, by affinity and cgroup quota. free_memory: bytes, within the cgroup's limit.
 
     isas: instruction sets the cpu kernels may use, best first. has_cpu_kernels: the compiled kernels are installed.
-    omp_num_threads: of the environment, if it is set.
+    omp_num_threads: of the environment, if it is set. ray: whether a cluster is at hand, or this process even runs
+    inside a placement group.
     """
 
     cores: int
@@ -35,6 +48,8 @@ class MachineFacts:
     has_cpu_kernels: bool
     has_gpu: bool = False
     omp_num_threads: int | None = None
+    launched: Launched | None = None
+    ray: Literal["cluster", "placement_group"] | None = None
 
 
 def machine_facts() -> MachineFacts:
@@ -47,7 +62,31 @@ def machine_facts() -> MachineFacts:
         has_cpu_kernels=any(kernels.glob("_kernels*.so")),
         has_gpu=Path("/proc/driver/nvidia/version").exists(),
         omp_num_threads=int(omp) if omp.isdigit() and int(omp) > 0 else None,
+        launched=_launched(),
+        ray=_ray(),
     )
+
+
+def _launched() -> Launched | None:
+    values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if not (all(v.isdigit() for v in values) and os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        return None
+    rank, world_size, local_rank = map(int, values)
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return Launched(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=int(local) if local.isdigit() else world_size,
+    )
+
+
+def _ray() -> Literal["cluster", "placement_group"] | None:
+    """Without importing ray: whoever runs inside Ray has done so."""
+    ray: Any = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return "cluster" if ray.util.get_current_placement_group() is None else "placement_group"
+    return "cluster" if os.environ.get("RAY_ADDRESS") and importlib.util.find_spec("ray") else None
 
 
 def _isas(cpuinfo: str) -> tuple[Isa, ...]:

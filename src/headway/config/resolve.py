@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import TypeVar
 
 from headway.config.args import EngineArgs
+from headway.config.choices import Choices
 from headway.config.facts import ModelFacts
 from headway.config.machine import Isa, MachineFacts
+from headway.config.parallel import ranks_on_this_node, resolve_parallel
+from headway.config.placement import parse_placement
 from headway.config.settings import (
     CacheConfig,
-    Choice,
     DeviceConfig,
     Dtype,
     EngineConfig,
     ModelConfig,
     ParallelConfig,
+    RayConfig,
     SchedulerConfig,
 )
 from headway.errors import ConfigError
 
-T = TypeVar("T")
-
-EXECUTORS = ("uni", "fake")
 BLOCK_SIZE = 16
 MAX_NUM_SEQS = 256
 STEP_TOKENS = 1024
@@ -37,13 +36,17 @@ def resolve(args: EngineArgs, facts: ModelFacts, machine: MachineFacts, path: st
 
     Raises ConfigError naming a setting that cannot be honoured, or that contradicts another.
     """
-    choices = _Choices(args)
-    parallel = _parallel(choices, facts)
-    device = _device(choices, machine)
-    dtype = _dtype(choices, facts, device)
+    choices = Choices(args)
+    ops = _ops(choices, machine)
+    dtype = _dtype(choices, facts, ops)
+    weights = _weights_bytes(args, facts, dtype)
+    parallel = resolve_parallel(choices, facts, machine, weights)
+    neighbours = ranks_on_this_node(parallel, machine, weights)
+    device = _device(choices, machine, ops, neighbours)
     block_size, token_bytes = _block_size(choices), kv_bytes_per_token(facts, dtype, parallel)
     longest = -(-(args.max_model_len or facts.max_positions) // block_size) * block_size * token_bytes
-    budget = _kv_budget(choices, facts, machine, _weights_bytes(args, facts, dtype, parallel), longest)
+    free = machine.free_memory // neighbours
+    budget = _kv_budget(choices, facts, free, neighbours, weights // parallel.ranks, longest)
     max_tokens = budget // token_bytes // block_size * block_size if token_bytes else None
     max_model_len = _max_model_len(choices, facts, max_tokens)
     scheduler = _scheduler(choices, facts, max_model_len)
@@ -57,14 +60,17 @@ def resolve(args: EngineArgs, facts: ModelFacts, machine: MachineFacts, path: st
                 f"a quarter of the free memory and {KV_BYTES >> 30} GiB, at least one request of max_model_len"
                 if args.gpu_memory_utilization is None
                 else "what gpu_memory_utilization leaves beside the weights"
-            ),
+            )
+            + (f"; a rank's share of this node, which {neighbours} ranks divide" if neighbours > 1 else ""),
         )
+    choices.note("trace", args.trace, "given" if args.trace else "only where asked for")
     return EngineConfig(
         model=_model(choices, facts, dtype, max_model_len, path),
         cache=cache,
         scheduler=scheduler,
         parallel=parallel,
         device=device,
+        ray=_ray(choices, parallel, device),
         choices=choices.in_order(),
     )
 
@@ -78,57 +84,12 @@ def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype, parallel: ParallelConfig
     return 2 * layers * heads * facts.head_dim * ITEM_BYTES[dtype]
 
 
-class _Choices:
-    """Records what each setting became. Every field of EngineArgs ends up here."""
-
-    def __init__(self, args: EngineArgs) -> None:
-        self.args = args
-        self._made: dict[str, Choice] = {}
-
-    def note(self, name: str, value: object, reason: str) -> None:
-        self._made[name] = Choice(name=name, value=value, reason=reason)
-
-    def pick(self, name: str, given: T | None, automatic: T, reason: str) -> T:
-        value, why = (automatic, reason) if given is None else (given, "given")
-        self.note(name, value, why)
-        return value
-
-    def in_order(self) -> tuple[Choice, ...]:
-        names = list(EngineArgs.__dataclass_fields__)
-        assert set(names) == set(self._made), set(names) ^ set(self._made)
-        return tuple(self._made[name] for name in names)
-
-
 def _keeps_cache(facts: ModelFacts) -> bool:
     return facts.kind != "encoder" and facts.num_kv_heads > 0
 
 
-def _parallel(choices: _Choices, facts: ModelFacts) -> ParallelConfig:
+def _ops(choices: Choices, machine: MachineFacts) -> str:
     args = choices.args
-    tp, pp, dp = args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size
-    heads = facts.num_kv_heads
-    if heads and heads % tp and tp % heads:
-        raise ConfigError("tensor_parallel_size", tp, f"must divide the model's {heads} key/value heads, or they it")
-    if pp > facts.num_layers:
-        raise ConfigError("pipeline_parallel_size", pp, f"the model has {facts.num_layers} layers")
-    for name, size in (("tensor_parallel_size", tp), ("pipeline_parallel_size", pp), ("data_parallel_size", dp)):
-        if size > 1:
-            raise ConfigError(name, size, "must be 1: this version runs one rank, in process")
-        choices.note(name, size, "one rank")
-    asked = args.distributed_executor_backend
-    if asked not in (None, "auto", *EXECUTORS) and ":" not in asked:
-        accepted = f"this version has auto, {', '.join(EXECUTORS)}, or an import path module:Class"
-        raise ConfigError("distributed_executor_backend", asked, accepted)
-    asked = None if asked == "auto" else asked
-    reason = "one rank (tensor_parallel_size * pipeline_parallel_size = 1) needs no other process"
-    executor = choices.pick("distributed_executor_backend", asked, "uni", reason)
-    return ParallelConfig(executor=executor, tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp)
-
-
-def _device(choices: _Choices, machine: MachineFacts) -> DeviceConfig:
-    args = choices.args
-    gpu = "this version has no GPU kernels" if machine.has_gpu else "no GPU here"
-    device = choices.pick("device", args.device, "cpu", gpu)
     if args.ops == "cpu" and not machine.has_cpu_kernels:
         raise ConfigError("ops", "cpu", "the cpu kernels are not installed (no compiler?); reference is")
     compiled = machine.has_cpu_kernels
@@ -138,12 +99,39 @@ def _device(choices: _Choices, machine: MachineFacts) -> DeviceConfig:
     ops = choices.pick("ops", args.ops, "cpu" if compiled else "reference", reason)
     if args.quantization == "int8" and ops == "reference":
         raise ConfigError("quantization", "int8", "needs the compiled kernels, but ops is reference")
+    return ops
+
+
+def _device(choices: Choices, machine: MachineFacts, ops: str, neighbours: int) -> DeviceConfig:
+    """neighbours: ranks that share this node, this one among them."""
+    args = choices.args
+    gpu = "this version has no GPU kernels" if machine.has_gpu else "no GPU here"
     return DeviceConfig(
-        device=device,
+        device=choices.pick("device", args.device, "cpu", gpu),
         ops=ops,
         isa=_isa(choices, machine, ops),
-        threads=_threads(choices, machine),
+        threads=_threads(choices, machine, neighbours),
         enforce_eager=choices.pick("enforce_eager", args.enforce_eager, False, "a compiled step is faster"),
+    )
+
+
+def _ray(choices: Choices, parallel: ParallelConfig, device: DeviceConfig) -> RayConfig:
+    args = choices.args
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    bundle = {"CPU": float(device.threads)} if device.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
+    bundles, strategy = parse_placement(args.placement_group_config or {}, ranks, bundle)
+    asked = {"bundles": list(bundles), "strategy": strategy}
+    if parallel.executor != "ray":
+        for name in ("ray_address", "placement_group_config", "placement_group_timeout_s"):
+            choices.note(name, getattr(args, name), f"not used: the executor is {parallel.executor}")
+    else:
+        choices.note("ray_address", args.ray_address, "given" if args.ray_address else "RAY_ADDRESS, or what runs here")
+        choices.note("placement_group_config", asked, "given" if args.placement_group_config else "a bundle a rank")
+        choices.note(
+            "placement_group_timeout_s", args.placement_group_timeout_s, "resources may have to be freed first"
+        )
+    return RayConfig(
+        address=args.ray_address, bundles=bundles, strategy=strategy, timeout_s=args.placement_group_timeout_s
     )
 
 
@@ -155,7 +143,7 @@ def _callers_level() -> int:
     return level
 
 
-def _isa(choices: _Choices, machine: MachineFacts, ops: str) -> Isa:
+def _isa(choices: Choices, machine: MachineFacts, ops: str) -> Isa:
     asked = choices.args.isa
     if asked and ops == "reference":
         raise ConfigError("isa", asked, "is for the cpu kernels, but ops is reference")
@@ -165,16 +153,20 @@ def _isa(choices: _Choices, machine: MachineFacts, ops: str) -> Isa:
     return choices.pick("isa", asked, machine.isas[0], reason)
 
 
-def _threads(choices: _Choices, machine: MachineFacts) -> int:
-    if machine.omp_num_threads is not None:
+def _threads(choices: Choices, machine: MachineFacts, neighbours: int) -> int:
+    # torchrun sets it to 1 where it is not set: that is nobody's choice.
+    torchruns = machine.launched is not None and machine.omp_num_threads == 1
+    if machine.omp_num_threads is not None and not torchruns:
         return choices.pick("threads", choices.args.threads, machine.omp_num_threads, "OMP_NUM_THREADS is set")
     reason = "every core this process may use (affinity, cgroup quota)"
-    return choices.pick("threads", choices.args.threads, machine.cores, reason)
+    if neighbours > 1:
+        reason = f"a rank's share of the {machine.cores} cores that {neighbours} ranks may use"
+    return choices.pick("threads", choices.args.threads, max(1, machine.cores // neighbours), reason)
 
 
-def _dtype(choices: _Choices, facts: ModelFacts, device: DeviceConfig) -> Dtype:
+def _dtype(choices: Choices, facts: ModelFacts, ops: str) -> Dtype:
     asked = choices.args.dtype
-    if asked == "float16" and device.ops == "cpu":
+    if asked == "float16" and ops == "cpu":
         raise ConfigError("dtype", asked, "the cpu kernels compute in bfloat16 or float32")
     if not _keeps_cache(facts) and facts.dtype == "float32":
         reason = "a float32 encoder: vectors that others compare keep their precision"
@@ -182,8 +174,8 @@ def _dtype(choices: _Choices, facts: ModelFacts, device: DeviceConfig) -> Dtype:
     return choices.pick("dtype", asked, "bfloat16", "half the memory traffic of float32, its range")
 
 
-def _kv_budget(choices: _Choices, facts: ModelFacts, machine: MachineFacts, weights: int, longest: int) -> int:
-    """Bytes the KV cache may take. longest: what one request of max_model_len needs."""
+def _kv_budget(choices: Choices, facts: ModelFacts, free: int, neighbours: int, weights: int, longest: int) -> int:
+    """Bytes a rank's KV cache may take. free, weights: bytes a rank. longest: what a request of max_model_len needs."""
     args = choices.args
     if not _keeps_cache(facts):
         for name in ("kv_cache_memory_bytes", "gpu_memory_utilization"):
@@ -200,26 +192,25 @@ def _kv_budget(choices: _Choices, facts: ModelFacts, machine: MachineFacts, weig
     share = args.gpu_memory_utilization
     if share is not None:
         choices.note("gpu_memory_utilization", share, "given")
-        return max(0, int(machine.free_memory * share) - weights)
+        return max(0, int(free * share) - weights)
     choices.note("gpu_memory_utilization", None, "not given: the KV cache takes what it is likely to use")
     # A quarter of what the weights leave stays free for activations and everything else.
-    most = max(0, machine.free_memory - weights) * 3 // 4
-    return min(max(min(machine.free_memory // 4, KV_BYTES), longest), most)
+    most = max(0, free - weights) * 3 // 4
+    return min(max(min(free // 4, KV_BYTES // neighbours), longest), most)
 
 
-def _weights_bytes(args: EngineArgs, facts: ModelFacts, dtype: Dtype, parallel: ParallelConfig) -> int:
-    """A rank's share of the weights once they are loaded."""
+def _weights_bytes(args: EngineArgs, facts: ModelFacts, dtype: Dtype) -> int:
+    """The weights of all ranks once they are loaded."""
     item = 1 if args.quantization == "int8" else ITEM_BYTES[dtype]
-    loaded = facts.num_parameters * item or facts.weights_bytes
-    return loaded // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    return facts.num_parameters * item or facts.weights_bytes
 
 
-def _block_size(choices: _Choices) -> int:
+def _block_size(choices: Choices) -> int:
     reason = "small blocks waste little; the kernels read whole ones"
     return choices.pick("block_size", choices.args.block_size, BLOCK_SIZE, reason)
 
 
-def _max_model_len(choices: _Choices, facts: ModelFacts, max_tokens: int | None) -> int:
+def _max_model_len(choices: Choices, facts: ModelFacts, max_tokens: int | None) -> int:
     """max_tokens: what the KV cache can hold; None without a cache."""
     asked, limit = choices.args.max_model_len, facts.max_positions
     if max_tokens == 0:
@@ -239,7 +230,7 @@ def _memory_setting(args: EngineArgs) -> tuple[str, object]:
     return "kv_cache_memory_bytes", args.kv_cache_memory_bytes
 
 
-def _scheduler(choices: _Choices, facts: ModelFacts, max_model_len: int) -> SchedulerConfig:
+def _scheduler(choices: Choices, facts: ModelFacts, max_model_len: int) -> SchedulerConfig:
     args, encoder = choices.args, not _keeps_cache(facts)
     if encoder and args.enable_chunked_prefill:
         raise ConfigError("enable_chunked_prefill", True, "an encoder needs whole prompts")
@@ -275,7 +266,7 @@ def _scheduler(choices: _Choices, facts: ModelFacts, max_model_len: int) -> Sche
     )
 
 
-def _max_num_seqs(choices: _Choices) -> int:
+def _max_num_seqs(choices: Choices) -> int:
     tokens = choices.args.max_num_batched_tokens
     if tokens is not None and tokens < MAX_NUM_SEQS:
         return choices.pick(
@@ -287,7 +278,7 @@ def _max_num_seqs(choices: _Choices) -> int:
 
 
 def _cache(
-    choices: _Choices,
+    choices: Choices,
     facts: ModelFacts,
     block_size: int,
     max_model_len: int,
@@ -311,7 +302,7 @@ def _cache(
     )
 
 
-def _model(choices: _Choices, facts: ModelFacts, dtype: Dtype, max_model_len: int, path: str | None) -> ModelConfig:
+def _model(choices: Choices, facts: ModelFacts, dtype: Dtype, max_model_len: int, path: str | None) -> ModelConfig:
     args = choices.args
     runner = "generate" if facts.kind == "decoder" else "pooling"
     if args.runner == "generate" and runner == "pooling":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from headway.config.placement import Bundle, Strategy
+
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -54,15 +56,32 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
+    """executor: a name of headway.executor, or an import path "module:Class"."""
+
     executor: str = "uni"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
 
+    @property
+    def ranks(self) -> int:
+        """Of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayConfig:
+    """address: of the cluster; None: one that runs here, or a new one. bundles: one a rank. timeout_s: to get them."""
+
+    address: str | None = None
+    bundles: tuple[Bundle, ...] = ({"CPU": 1},)
+    strategy: Strategy = "PACK"
+    timeout_s: float = 300.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceConfig:
-    """ops: which kernels ("reference", "cpu", "cuda"); isa: the instruction set of the cpu kernels."""
+    """ops: which kernels ("reference", "cpu", "cuda"); isa: their instruction set on a CPU. threads: of each rank."""
 
     device: str = "cpu"
     ops: str = "cpu"
@@ -73,9 +92,13 @@ class DeviceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
+    """trace: the file that a trace of every step is written to."""
+
     model: ModelConfig
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    trace: str | None = None
     choices: tuple[Choice, ...] = ()

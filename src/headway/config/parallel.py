@@ -1,0 +1,82 @@
+"""How many ranks, and where they run."""
+
+from __future__ import annotations
+
+from headway.config.choices import Choices
+from headway.config.facts import ModelFacts
+from headway.config.machine import MachineFacts
+from headway.config.settings import ParallelConfig
+from headway.errors import ConfigError
+
+EXECUTORS = ("uni", "mp", "ray", "external_launcher", "fake")
+PRODUCT = "tensor_parallel_size * pipeline_parallel_size"
+
+
+def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts, weights: int) -> ParallelConfig:
+    """weights: bytes of the whole model once it is loaded. Raises ConfigError."""
+    args = choices.args
+    tp, pp, dp = args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size
+    for name, size in (("tensor_parallel_size", tp), ("pipeline_parallel_size", pp)):
+        if size > 1 and not facts.num_kv_heads:
+            raise ConfigError(name, size, "must be 1 for an encoder: more copies of it serve more")
+        choices.note(name, size, "given" if size > 1 else "not split")
+    if pp > facts.num_layers:
+        raise ConfigError("pipeline_parallel_size", pp, f"the model has {facts.num_layers} layers")
+    if dp > 1:
+        raise ConfigError("data_parallel_size", dp, "must be 1: this version runs one replica")
+    choices.note("data_parallel_size", dp, "one replica")
+    executor = _executor(choices, machine, tp * pp, weights)
+    return ParallelConfig(executor=executor, tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp)
+
+
+def ranks_on_this_node(parallel: ParallelConfig, machine: MachineFacts, weights: int) -> int:
+    """Ranks that share this node's cores and memory. weights: bytes of the whole model."""
+    if parallel.executor == "external_launcher" and machine.launched is not None:
+        return machine.launched.local_world_size
+    if parallel.executor == "ray":  # as many as fit; other nodes are taken to be like this one
+        fitting = machine.free_memory * parallel.ranks // max(weights, 1)
+        return max(1, min(parallel.ranks, machine.cores, fitting))
+    return parallel.ranks
+
+
+def _executor(choices: Choices, machine: MachineFacts, ranks: int, weights: int) -> str:
+    asked = choices.args.distributed_executor_backend
+    automatic, reason = _automatic(machine, ranks, weights)
+    executor = choices.pick("distributed_executor_backend", None if asked == "auto" else asked, automatic, reason)
+    if executor not in EXECUTORS and ":" not in executor:
+        accepted = f"must be auto, {', '.join(EXECUTORS)}, or an import path module:Class"
+        raise ConfigError("distributed_executor_backend", asked, accepted)
+    if executor == "uni" and ranks > 1:
+        accepted = f"runs one rank, but {PRODUCT} = {ranks}; auto, mp, ray and external_launcher run several"
+        raise ConfigError("distributed_executor_backend", asked, accepted)
+    if executor == "external_launcher":
+        _check_launch(machine, ranks)
+    return executor
+
+
+def _automatic(machine: MachineFacts, ranks: int, weights: int) -> tuple[str, str]:
+    """The executor, and why."""
+    if ranks == 1:
+        return "uni", f"one rank ({PRODUCT} = 1) needs no other process"
+    if machine.ray == "placement_group":
+        return "ray", f"{ranks} ranks, and the placement group around this process has room for them"
+    if ranks <= machine.cores and weights <= machine.free_memory:
+        return "mp", f"{ranks} ranks ({PRODUCT}) fit on this node, a process each"
+    lacking = (
+        f"{ranks} ranks for {machine.cores} cores"
+        if ranks > machine.cores
+        else f"{weights >> 20} MiB of weights for {machine.free_memory >> 20} MiB of free memory"
+    )
+    if machine.ray == "cluster":
+        return "ray", f"this node is too small ({lacking}), and a Ray cluster is at hand"
+    return "mp", f"no Ray cluster is at hand, so all ranks share this node, small as it is ({lacking})"
+
+
+def _check_launch(machine: MachineFacts, ranks: int) -> None:
+    launched = machine.launched
+    if launched is None:
+        accepted = "needs RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in the environment: run the script "
+        raise ConfigError("distributed_executor_backend", "external_launcher", accepted + "with torchrun")
+    if launched.world_size % ranks:
+        accepted = f"{PRODUCT} = {ranks} must divide WORLD_SIZE = {launched.world_size}: so many ranks make a replica"
+        raise ConfigError("distributed_executor_backend", "external_launcher", accepted)
