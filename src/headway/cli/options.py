@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
@@ -31,6 +32,13 @@ class Parser(argparse.ArgumentParser):
         return vars(values)
 
 
+def json_object(word: str) -> dict[str, Any]:
+    value = json.loads(word)
+    if not isinstance(value, dict):
+        raise ValueError(word)
+    return value
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -53,8 +61,9 @@ def _add_option(add: Callable[..., object], f: Field[Any], kind: Kind) -> None:
     if kind.type is bool:
         settings["action"] = argparse.BooleanOptionalAction
     else:
-        settings["type"] = kind.type
-        settings["metavar"] = "{" + ",".join(kind.choices) + "}" if kind.choices else kind.type.__name__.upper()
+        settings["type"] = json_object if kind.type is dict else kind.type
+        name = "JSON" if kind.type is dict else kind.type.__name__.upper()
+        settings["metavar"] = "{" + ",".join(kind.choices) + "}" if kind.choices else name
     names = [n for n in (short, flag(f.name)) if n]
     add(*names, dest=f.name, required=f.default is MISSING, **settings)
 
