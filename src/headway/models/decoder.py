@@ -12,7 +12,7 @@ import torch
 
 from headway.errors import RequestError
 from headway.models import pooling
-from headway.models.layers import DecoderLayer, DecoderWeights, cos_sin_table
+from headway.models.layers import DecoderLayer, DecoderWeights, add_linear, cos_sin_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class Decoder:
         self.pooling_spec = pooling_spec
         self.max_positions = spec.max_positions
         self.vocab_size, self.num_labels = spec.vocab_size, spec.num_labels
-        self.num_heads = spec.num_heads // shard.tensor_size
+        self.num_heads = len(shard.heads(spec.num_heads, spec.num_kv_heads))
         self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
         self.scale = spec.head_dim**-0.5
         self.layers = weights.layers
@@ -98,9 +98,12 @@ class Decoder:
     def logits(self, hidden_RK: Tensor) -> Tensor:
         assert self.head is not None, "loaded for pooling, or not the last pipeline rank"
         # Added to zeros, the products stay float32: bfloat16 logits would tie where float32 ones do not.
-        logits_RV = torch.zeros(len(hidden_RK), self.head.out_features, dtype=torch.float32, device=hidden_RK.device)
-        self.ops.linear_add(hidden_RK, self.head, logits_RV)
-        return logits_RV if self.comm is None else self.comm.all_gather(logits_RV)[:, : self.vocab_size]
+        logits_RV = torch.zeros(len(hidden_RK), self.vocab_size, dtype=torch.float32, device=hidden_RK.device)
+        mine = self.shard.width(self.vocab_size)
+        self.ops.linear_add(hidden_RK, self.head, logits_RV[:, mine.start : mine.stop])
+        if self.comm is not None:
+            self.comm.all_reduce(logits_RV)
+        return logits_RV
 
     def pool(self, hidden_RK: Tensor, params: list[PoolingParams]) -> list[Tensor]:
         return [self._pool_one(hidden_K, p) for hidden_K, p in zip(hidden_RK, params, strict=True)]
@@ -116,9 +119,10 @@ class Decoder:
         assert self.embed is not None, "not the first pipeline rank"
         if self.comm is None:
             return self.embed.rows(token_ids_T)
-        mine = self.shard.vocabulary(self.vocab_size)
+        mine = self.shard.width(self.vocab_size)
         elsewhere = (token_ids_T < mine.start) | (token_ids_T >= mine.stop)
-        rows = self.embed.rows((token_ids_T - mine.start).masked_fill(elsewhere, 0)).masked_fill(elsewhere[:, None], 0)
+        rows = self.embed.rows((token_ids_T - mine.start).masked_fill(elsewhere, 0)).float()
+        rows.masked_fill_(elsewhere[:, None], 0)
         self.comm.all_reduce(rows)
         return rows
 
@@ -144,10 +148,4 @@ class Decoder:
         return self.ops.linear(h_TK, layer.up, activation=self.spec.activation)
 
     def _add(self, y: Tensor, weight: PackedLinear, x_TK: Tensor) -> None:
-        """x += y @ W.T + b, summed over the tensor parallel ranks."""
-        if self.comm is None:
-            self.ops.linear_add(y, weight, x_TK)
-            return
-        part = self.ops.linear(y, weight)
-        self.comm.all_reduce(part)
-        x_TK += part
+        add_linear(self.ops, self.comm, y, weight, x_TK)

@@ -14,14 +14,15 @@ import torch
 from headway.errors import RequestError
 from headway.models import pooling
 from headway.models.families.bert import PREFIXES
-from headway.models.layers import Norm
+from headway.models.layers import Norm, add_linear
 from headway.models.packing import Packer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from headway.messages import PoolingParams
-    from headway.models.spec import EncoderSpec, PoolingSpec
+    from headway.models.port import Comm
+    from headway.models.spec import EncoderSpec, PoolingSpec, Shard
     from headway.ops.port import Ops, PackedLinear
 
 
@@ -63,8 +64,12 @@ class Encoder:
         pooling_spec: PoolingSpec,
         max_positions: int,
         weights_bytes: int,
+        shard: Shard,
+        comm: Comm | None,
     ) -> None:
-        self.spec, self.weights, self.ops, self.dtype = spec, weights, ops, dtype
+        assert (shard.tensor_size > 1) == (comm is not None), "tensor parallel ranks need a Comm, a single rank none"
+        self.spec, self.weights, self.ops, self.dtype, self.comm = spec, weights, ops, dtype, comm
+        self.num_heads = len(shard.heads(spec.num_heads, spec.num_heads))
         self.pooling_spec, self.max_positions = pooling_spec, max_positions
         self.num_labels, self.weights_bytes = spec.num_labels, weights_bytes
 
@@ -72,10 +77,10 @@ class Encoder:
         x_TK = self._embed(token_ids_T, token_type_ids_T, query_start)
         for layer in self.weights.layers:
             attention = self._attention(layer, x_TK.to(self.dtype), query_start, max_query)
-            self.ops.linear_add(attention, layer.o, x_TK)
+            add_linear(self.ops, self.comm, attention, layer.o, x_TK)
             x_TK = layer.attn_norm(self.ops, x_TK, torch.float32)
             middle = self.ops.linear(x_TK.to(self.dtype), layer.up, activation=self.spec.activation)
-            self.ops.linear_add(middle, layer.down, x_TK)
+            add_linear(self.ops, self.comm, middle, layer.down, x_TK)
             x_TK = layer.mlp_norm(self.ops, x_TK, torch.float32)
         return x_TK
 
@@ -102,17 +107,16 @@ class Encoder:
         return weights.embed_norm(self.ops, x_TK, torch.float32)
 
     def _attention(self, layer: EncoderLayer, h_TK: Tensor, query_start: Tensor, max_query: int) -> Tensor:
-        heads = self.spec.num_heads
-        dim = self.spec.hidden_size // heads
+        heads, dim = self.num_heads, self.spec.hidden_size // self.spec.num_heads
         qkv = self.ops.linear(h_TK, layer.qkv).unflatten(-1, (3 * heads, dim))
         q, k, v = qkv.split(heads, dim=1)
         return self.ops.encoder_attention(q, k, v, query_start, max_query, scale=dim**-0.5).flatten(1)
 
 
 class EncoderPacker(Packer):
-    """EncoderWeights under BERT's and RoBERTa's names."""
+    """One rank's EncoderWeights under BERT's and RoBERTa's names. Embeddings and the head are whole on every rank."""
 
-    def weights(self, spec: EncoderSpec) -> EncoderWeights:
+    def weights(self, spec: EncoderSpec, shard: Shard) -> EncoderWeights:
         has = self.source.has
         prefix = next((p for p in PREFIXES if has(f"{p}embeddings.word_embeddings.weight")), "")
         tables, size = f"{prefix}embeddings.", spec.hidden_size
@@ -122,25 +126,35 @@ class EncoderPacker(Packer):
             positions=self.table(f"{tables}position_embeddings.weight", (spec.positions, size), torch.float32),
             types=self.table(f"{tables}token_type_embeddings.weight", (spec.token_types, size), torch.float32),
             embed_norm=self.norm(f"{tables}LayerNorm", size, spec.norm_eps, bias=True),
-            layers=tuple(self._layer(spec, f"{prefix}encoder.layer.{i}.") for i in range(spec.num_layers)),
+            layers=tuple(self._layer(spec, shard, f"{prefix}encoder.layer.{i}.") for i in range(spec.num_layers)),
             dense=dense,
             classifier=classifier,
         )
 
-    def _layer(self, spec: EncoderSpec, layer: str) -> EncoderLayer:
-        size, middle = spec.hidden_size, spec.intermediate_size
+    def _layer(self, spec: EncoderSpec, shard: Shard, layer: str) -> EncoderLayer:
+        size, middle, dim = spec.hidden_size, spec.intermediate_size, spec.hidden_size // spec.num_heads
+        heads, width = shard.heads(spec.num_heads, spec.num_heads), shard.width(middle)
+        rows, part = slice(heads.start * dim, heads.stop * dim), slice(width.start, width.stop)
         names = [f"{layer}attention.self.{part}" for part in ("query", "key", "value")]
         return EncoderLayer(
             qkv=self.linear(
-                torch.cat([self.source.get(f"{name}.weight", (size, size)) for name in names]),
-                torch.cat([self.source.get(f"{name}.bias", (size,)) for name in names]),
+                torch.cat([self.source.get(f"{name}.weight", (size, size))[rows] for name in names]),
+                torch.cat([self.source.get(f"{name}.bias", (size,))[rows] for name in names]),
             ),
-            o=self.simple_linear(f"{layer}attention.output.dense", size, size, bias=True),
+            o=self._inward(f"{layer}attention.output.dense", size, size, rows, shard),
             attn_norm=self.norm(f"{layer}attention.output.LayerNorm", size, spec.norm_eps, bias=True),
-            up=self.simple_linear(f"{layer}intermediate.dense", middle, size, bias=True),
-            down=self.simple_linear(f"{layer}output.dense", size, middle, bias=True),
+            up=self.linear(
+                self.source.get(f"{layer}intermediate.dense.weight", (middle, size))[part],
+                self.source.get(f"{layer}intermediate.dense.bias", (middle,))[part],
+            ),
+            down=self._inward(f"{layer}output.dense", size, middle, part, shard),
             mlp_norm=self.norm(f"{layer}output.LayerNorm", size, spec.norm_eps, bias=True),
         )
+
+    def _inward(self, name: str, rows: int, columns: int, mine: slice, shard: Shard) -> PackedLinear:
+        """A linear whose inputs are split: the ranks' outputs add up, so the first rank alone has the bias."""
+        bias = self.source.get(f"{name}.bias", (rows,)) if shard.tensor_rank == 0 else None
+        return self.linear(self.source.get(f"{name}.weight", (rows, columns))[:, mine], bias)
 
     def _head(self, spec: EncoderSpec, prefix: str) -> tuple[PackedLinear | None, PackedLinear | None]:
         if spec.head is None:

@@ -10,6 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from headway.models.port import Comm
     from headway.models.spec import RotarySpec
     from headway.ops.port import Ops, PackedLinear
 
@@ -69,6 +70,17 @@ class DecoderWeights:
     head: PackedLinear | None
     score: PackedLinear | None
     nbytes: int
+
+
+def add_linear(ops: Ops, comm: Comm | None, y: Tensor, weight: PackedLinear, x_TK: Tensor) -> None:
+    """x += y @ W.T + b, summed over the tensor parallel ranks."""
+    if comm is None:
+        ops.linear_add(y, weight, x_TK)
+        return
+    part = torch.zeros_like(x_TK)  # float32: rounded partial sums would differ from a single rank's
+    ops.linear_add(y, weight, part)
+    comm.all_reduce(part)
+    x_TK += part
 
 
 def cos_sin_table(rotary: RotarySpec, positions: int) -> Tensor:

@@ -104,11 +104,10 @@ class DecoderPacker(Packer):
 
     def _layer(self, index: int) -> DecoderLayer:
         spec, shard = self.spec, self.shard
-        q_rows = shard.width(spec.num_heads * spec.head_dim)
-        kv_heads = shard.kv_heads(spec.num_kv_heads)
-        kv_rows = slice(kv_heads.start * spec.head_dim, kv_heads.stop * spec.head_dim)
+        q_rows = _head_rows(shard.heads(spec.num_heads, spec.num_kv_heads), spec.head_dim)
+        kv_rows = _head_rows(shard.kv_heads(spec.num_kv_heads), spec.head_dim)
         attention, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        middle, part = spec.intermediate_size, shard.width(spec.intermediate_size)
+        middle, part = spec.intermediate_size, _rows(shard.width(spec.intermediate_size))
         qkv = [(attention, q_rows), (keys, kv_rows), (keys, kv_rows)]
         return DecoderLayer(
             attn_norm=self._norm(self._part(index, "attn_norm")[0]),
@@ -173,10 +172,7 @@ class DecoderPacker(Packer):
         return rows
 
     def _vocabulary_rows(self, weight_VK: Tensor) -> Tensor:
-        mine = self.shard.vocabulary(self.spec.vocab_size)
-        rows = weight_VK[mine.start : mine.stop]
-        missing = len(mine) - len(rows)
-        return torch.cat((rows, rows.new_zeros(missing, rows.shape[1]))) if missing else rows
+        return weight_VK[_rows(self.shard.width(self.spec.vocab_size))]
 
     def _positions(self) -> Tensor:
         shape = (self.spec.learned_positions, self.spec.hidden_size)
@@ -188,15 +184,18 @@ class DecoderPacker(Packer):
 
 def check_shard(spec: DecoderSpec, shard: Shard) -> None:
     """Raises ConfigError where the model cannot be divided so."""
-    size, heads, kv_heads = shard.tensor_size, spec.num_heads, spec.num_kv_heads
-    if heads % size or spec.intermediate_size % size:
-        raise ConfigError(
-            "tensor_parallel_size", size, f"must divide {heads} heads and intermediate size {spec.intermediate_size}"
-        )
-    if kv_heads % size and size % kv_heads:
-        raise ConfigError("tensor_parallel_size", size, f"must divide {kv_heads} key/value heads, or be a multiple")
+    if shard.tensor_size > spec.num_heads:
+        raise ConfigError("tensor_parallel_size", shard.tensor_size, f"must be at most {spec.num_heads} heads")
     if shard.pipeline_size > spec.num_layers:
         raise ConfigError("pipeline_parallel_size", shard.pipeline_size, f"must be at most {spec.num_layers} layers")
+
+
+def _rows(part: range) -> slice:
+    return slice(part.start, part.stop)
+
+
+def _head_rows(heads: range, head_dim: int) -> slice:
+    return slice(heads.start * head_dim, heads.stop * head_dim)
 
 
 def _cut(sections: list[Tensor], rows: list[slice]) -> Tensor:

@@ -19,11 +19,10 @@ class Comm(Protocol):
     """What the tensor parallel ranks of one pipeline stage say to each other."""
 
     def all_reduce(self, x: Tensor) -> None:
-        """Sums over the ranks, in place."""
-        ...
+        """Sums a contiguous float32 tensor over the ranks, in place, to the same bits on each.
 
-    def all_gather(self, x_RN: Tensor) -> Tensor:
-        """The ranks' columns side by side, in rank order: [R, N * ranks]."""
+        Raises WorkerDied when another rank is gone.
+        """
         ...
 
 

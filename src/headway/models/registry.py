@@ -34,7 +34,7 @@ def load_model(
     families.architecture(checkpoint)
     encoder = families.encoder_spec(checkpoint)
     if encoder is not None:
-        return _load_encoder(config, path, checkpoint, encoder, ops, shard)
+        return _load_encoder(config, path, checkpoint, encoder, ops, shard, comm)
     try:
         spec = families.decoder_spec(checkpoint)
     except families.UnsupportedVariant as error:
@@ -85,19 +85,27 @@ def _load_decoder(
 
 
 def _load_encoder(
-    config: ModelConfig, path: Path, checkpoint: Config, spec: EncoderSpec, ops: Ops, shard: Shard
+    config: ModelConfig,
+    path: Path,
+    checkpoint: Config,
+    spec: EncoderSpec,
+    ops: Ops,
+    shard: Shard,
+    comm: Comm | None,
 ) -> Encoder:
     import torch
 
     from headway.models.encoder import Encoder, EncoderPacker
     from headway.models.loading.weights import open_weights
 
-    if (shard.tensor_size, shard.pipeline_size) != (1, 1):
-        raise ConfigError("tensor_parallel_size", shard.tensor_size, "must be 1 for an encoder: use replicas")
+    if shard.tensor_size > spec.num_heads:
+        raise ConfigError("tensor_parallel_size", shard.tensor_size, f"must be at most {spec.num_heads} heads")
+    if shard.pipeline_size > 1:
+        raise ConfigError("pipeline_parallel_size", shard.pipeline_size, "must be 1 for an encoder: use replicas")
     dtype: torch.dtype = getattr(torch, config.dtype)
     source = open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed, dtype=dtype)
     packer = EncoderPacker(source, ops, dtype, config.quantization)
-    weights = packer.weights(spec)
+    weights = packer.weights(spec, shard)
     return Encoder(
         spec,
         weights,
@@ -106,6 +114,8 @@ def _load_encoder(
         pooling_spec=read_pooling(path, checkpoint, default="mean"),
         max_positions=max_prompt(path, spec.max_positions),
         weights_bytes=packer.nbytes,
+        shard=shard,
+        comm=comm,
     )
 
 

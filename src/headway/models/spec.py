@@ -105,9 +105,7 @@ class Shard:
 
     def layers(self, num_layers: int) -> range:
         """The layers of this pipeline rank; earlier ranks take the remainder."""
-        base, extra = divmod(num_layers, self.pipeline_size)
-        start = self.pipeline_rank * base + min(self.pipeline_rank, extra)
-        return range(start, start + base + (self.pipeline_rank < extra))
+        return _part(num_layers, self.pipeline_rank, self.pipeline_size)
 
     @property
     def first(self) -> bool:
@@ -119,21 +117,32 @@ class Shard:
         """Holds the final norm and the head."""
         return self.pipeline_rank == self.pipeline_size - 1
 
-    def width(self, total: int) -> slice:
-        """This tensor rank's part of ``total`` (heads' rows, intermediate width), which the ranks divide evenly."""
-        assert total % self.tensor_size == 0, (total, self.tensor_size)
-        part = total // self.tensor_size
-        return slice(self.tensor_rank * part, (self.tensor_rank + 1) * part)
+    def width(self, total: int) -> range:
+        """This tensor rank's part of an intermediate width or a vocabulary: whole vectors where they are enough."""
+        unit = 16 if total >= 16 * self.tensor_size else 1
+        units = total // unit
+        start, stop = (units * rank // self.tensor_size * unit for rank in (self.tensor_rank, self.tensor_rank + 1))
+        return range(start, total if self.tensor_rank == self.tensor_size - 1 else stop)
 
     def kv_heads(self, num_kv_heads: int) -> range:
-        """The key/value heads of this tensor rank; with more ranks than heads, neighbours hold the same one."""
+        """The key/value heads of this tensor rank; where ranks are more than heads, several hold the same one."""
         if num_kv_heads >= self.tensor_size:
-            part = self.width(num_kv_heads)
-            return range(part.start, part.stop)
+            return _part(num_kv_heads, self.tensor_rank, self.tensor_size)
         head = self.tensor_rank * num_kv_heads // self.tensor_size
         return range(head, head + 1)
 
-    def vocabulary(self, vocab_size: int) -> range:
-        """The head's rows of this tensor rank, equally many on every rank: the last ones may lie beyond vocab_size."""
-        part = -(-vocab_size // self.tensor_size)
-        return range(self.tensor_rank * part, (self.tensor_rank + 1) * part)
+    def heads(self, num_heads: int, num_kv_heads: int) -> range:
+        """The query heads of this tensor rank, all of its key/value heads; ranks that share one divide its queries."""
+        group, mine = num_heads // num_kv_heads, self.kv_heads(num_kv_heads)
+        if num_kv_heads >= self.tensor_size:
+            return range(mine.start * group, mine.stop * group)
+        holders = [r for r in range(self.tensor_size) if r * num_kv_heads // self.tensor_size == mine.start]
+        part = _part(group, self.tensor_rank - holders[0], len(holders))
+        return range(mine.start * group + part.start, mine.start * group + part.stop)
+
+
+def _part(count: int, index: int, parts: int) -> range:
+    """One of ``parts`` runs of ``count`` things; earlier ones take the remainder."""
+    base, extra = divmod(count, parts)
+    start = index * base + min(index, extra)
+    return range(start, start + base + (index < extra))
