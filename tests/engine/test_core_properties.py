@@ -8,7 +8,7 @@ from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from headway.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from headway.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from headway.engine import EngineCore
 from headway.errors import RequestError
 from headway.executor.fake import FakeExecutor, FakeModel, FakeWorker, pooled_state, prefix_state
@@ -98,12 +98,13 @@ def sampling_requests(draw: st.DrawFn, prompt: list[int] | None = None) -> Reque
 
 
 configs = st.builds(
-    lambda block_size, spare, caching, seqs, budget, policy, depth: EngineConfig(
+    lambda block_size, spare, caching, seqs, budget, policy, depth, stages: EngineConfig(
         model=ModelConfig(path="", served_model_name="", max_model_len=MAX_LEN),
         cache=CacheConfig(
             block_size=block_size, num_blocks=1 + -(-MAX_LEN // block_size) + spare, enable_prefix_caching=caching
         ),
         scheduler=SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=budget, policy=policy, depth=depth),
+        parallel=ParallelConfig(pipeline_parallel_size=stages),
     ),
     st.sampled_from([2, 4, 8]),
     st.integers(0, 6),
@@ -112,6 +113,7 @@ configs = st.builds(
     st.integers(1, 40),
     st.sampled_from(["fcfs", "priority"]),
     st.sampled_from([0, 1]),
+    st.sampled_from([1, 1, 2, 3]),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from headway.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from headway.errors import RequestError
 from headway.messages import EngineOutput, PoolingParams, Request, SamplingParams, StepPlan, StepResult
 from headway.scheduler import Scheduler
@@ -20,11 +21,14 @@ from headway.scheduler import Scheduler
 EOS = 2
 
 
-def make_config(*, num_blocks: int = 1000, block_size: int = 16, max_model_len: int = 2048, **scheduler: Any):
+def make_config(
+    *, num_blocks: int = 1000, block_size: int = 16, max_model_len: int = 2048, stages: int = 1, **scheduler: Any
+) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(path="", served_model_name="", max_model_len=max_model_len),
         cache=CacheConfig(num_blocks=num_blocks, block_size=block_size),
         scheduler=SchedulerConfig(**scheduler),
+        parallel=ParallelConfig(pipeline_parallel_size=stages),
     )
 
 
@@ -48,8 +52,9 @@ class Driver:
         self.scheduler = Scheduler(config)
         self.left: dict[int, int] = {}  # slot: tokens to compute until it samples
         self.names: dict[int, str] = {}
-        self.runs: list[tuple[int, int]] = []
+        self.runs: deque[list[tuple[int, int]]] = deque(maxlen=config.parallel.pipeline_parallel_size)
         self.plans: list[StepPlan] = []
+        self.in_flight: deque[tuple[int, dict[int, bool]]] = deque()  # step, whether each slot samples
 
     def plan(self) -> dict[str, int] | None:
         """Plans a step; request to number of tokens, in batch order."""
@@ -61,20 +66,23 @@ class Driver:
             self.left[start.slot] = len(start.token_ids) // 4 - start.num_computed
             self.names[start.slot] = self.scheduler.request_at(start.slot)
         if plan.runs is None:
-            self.runs = [(slot, 1) for slot, _ in self.runs]
+            runs = [(slot, 1) for slot, _ in self.runs[0]]
         else:
-            self.runs = [(s, n) for s, n in np.frombuffer(plan.runs, np.int32).reshape(-1, 2).tolist()]
-        return {self.names[slot]: count for slot, count in self.runs}
+            runs = [(s, n) for s, n in np.frombuffer(plan.runs, np.int32).reshape(-1, 2).tolist()]
+        self.runs.append(runs)
+        samples: dict[int, bool] = {}
+        for slot, count in runs:
+            self.left[slot] -= count
+            samples[slot] = not self.left[slot]
+            self.left[slot] = self.left[slot] or 1
+        self.in_flight.append((plan.step, samples))
+        return {self.names[slot]: count for slot, count in runs}
 
     def finish(self, token: int = 5) -> list[EngineOutput]:
-        """Answers the plan just made."""
-        tokens: list[int] = []
-        for slot, count in self.runs:
-            self.left[slot] -= count
-            tokens.append(-1 if self.left[slot] else token)
-            self.left[slot] = self.left[slot] or 1
-        result = StepResult(step=self.plans[-1].step, tokens=np.array(tokens, np.int32).tobytes())
-        return self.scheduler.update(result)
+        """Answers the oldest plan."""
+        step, samples = self.in_flight.popleft()
+        tokens = np.array([token if sampled else -1 for sampled in samples.values()], np.int32)
+        return self.scheduler.update(StepResult(step=step, tokens=tokens.tobytes()))
 
     def step(self, token: int = 5) -> dict[str, int]:
         runs = self.plan()
@@ -317,6 +325,84 @@ def test_the_same_commands_give_the_same_plans(commands: list[tuple[Any, ...]], 
         return [msgspec.msgpack.encode(plan) for plan in driver.plans]
 
     assert plans() == plans()
+
+
+def pipeline(stages: int, prompt_lens: dict[str, int], max_tokens: int = 30, **scheduler: Any) -> Driver:
+    driver = Driver(make_config(stages=stages, **scheduler))
+    for name, size in prompt_lens.items():
+        driver.scheduler.add(make_request(name, size, max_tokens))
+    return driver
+
+
+def fill(driver: Driver, most: int) -> list[dict[str, int]]:
+    """Plans as the engine does: until so many steps are in flight or nothing more can run."""
+    made: list[dict[str, int]] = []
+    while len(driver.in_flight) < most and (runs := driver.plan()) is not None:
+        made.append(runs)
+    return made
+
+
+def test_the_stages_of_a_pipeline_run_decodes_of_different_requests_in_turn() -> None:
+    driver = pipeline(2, dict.fromkeys("abcde", 4))
+    made: list[dict[str, int]] = []
+    for _ in range(6):
+        made += fill(driver, 3)
+        driver.finish()
+    first, second = {"a": 1, "b": 1, "c": 1}, {"d": 1, "e": 1}
+    assert made == [dict.fromkeys("abcde", 4), *[first, second] * 3, first]
+    assert driver.plans[-1] == StepPlan(step=driver.plans[-1].step), "the steady state of a pipeline says nothing"
+
+
+def test_turns_stay_even_when_the_requests_of_one_turn_end() -> None:
+    driver = pipeline(2, dict.fromkeys("abcdefgh", 4))
+    while (runs := driver.step()) != dict.fromkeys("abcd", 1):
+        assert len(runs) in (4, 8)
+    for name in "abcd":
+        driver.scheduler.abort(name)
+    assert [driver.step() for _ in range(4)] == [{"e": 1, "f": 1}, {"g": 1, "h": 1}] * 2
+
+
+def test_a_prompt_longer_than_a_step_fills_a_pipeline_alone() -> None:
+    driver = pipeline(3, {"long": 150}, max_num_batched_tokens=40)
+    assert fill(driver, 4) == [{"long": 40}, {"long": 40}, {"long": 40}, {"long": 30}]
+
+
+@pytest.mark.parametrize(("depth", "ahead"), [(0, 1), (1, 2)])
+def test_a_single_request_in_a_pipeline_is_at_most_depth_tokens_ahead(depth: int, ahead: int) -> None:
+    driver = pipeline(3, {"a": 4}, depth=depth)
+    assert len(fill(driver, 3 + depth)) == ahead
+    driver.finish()
+    assert fill(driver, 3 + depth) == [{"a": 1}]
+
+
+@given(commands=commands, stages=st.integers(1, 3), depth=st.integers(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_a_slot_waits_for_its_token_unless_nothing_else_can_run(
+    commands: list[tuple[Any, ...]], stages: int, depth: int
+) -> None:
+    driver = pipeline(stages, {}, num_blocks=24, block_size=4, max_num_batched_tokens=32, depth=depth)
+
+    for number, command in enumerate(commands):
+        if command[0] == "add":
+            driver.scheduler.add(make_request(f"r{number}", command[1], command[2]))
+        elif command[0] == "abort":
+            driver.scheduler.abort(f"r{command[1]}")
+        else:
+            while len(driver.in_flight) < stages + depth:
+                ahead = list(driver.in_flight)[-(stages - 1) :] if stages > 1 else []
+                waiting = {driver.names[s] for _, samples in ahead for s, sampled in samples.items() if sampled}
+                runs = driver.plan()
+                if runs is None:
+                    break
+                assert not waiting & set(runs) or waiting >= set(runs), "a token is waited for, though others could run"
+            if driver.in_flight:
+                driver.finish(command[1])
+    steps = 0
+    while driver.scheduler.has_requests:
+        assert fill(driver, stages + depth) or driver.in_flight
+        driver.finish()
+        steps += 1
+        assert steps < 2000, "somebody starves"
 
 
 def test_a_steady_step_of_256_decodes_costs_the_host_microseconds() -> None:

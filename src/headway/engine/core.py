@@ -9,6 +9,8 @@ At depth 1 the worker always has the next plan at hand when a step ends: it samp
 host's bookkeeping for step N runs beside step N + 1. Both depths give the same tokens; at depth 1 a request that stops
 at a token costs one more run, whose result is dropped.
 
+A pipeline runs a step on each of its stages, so as many more are in flight, each of other requests.
+
 Structured output: the masks of step N + 1 depend on the tokens of step N, so they follow their plan (Executor.mask)
 once update N has told the matchers; the forward pass of N + 1 runs meanwhile.
 """
@@ -47,7 +49,7 @@ class EngineCore:
     ) -> None:
         self.config, self.info = config, info
         self._executor = executor
-        self._depth = config.scheduler.depth
+        self._most_in_flight = config.parallel.pipeline_parallel_size + config.scheduler.depth
         self._constraints = Constraints(grammar, info.vocab_size)
         self._scheduler = Scheduler(config, self._constraints.accept)
         self._in_flight: deque[_InFlight] = deque()
@@ -106,7 +108,7 @@ class EngineCore:
         self._executor.close(timeout)
 
     def _step(self) -> list[EngineOutput]:
-        while len(self._in_flight) <= self._depth:
+        while len(self._in_flight) < self._most_in_flight:
             plan = self._scheduler.plan()
             if plan is None:
                 break

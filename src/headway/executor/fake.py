@@ -8,6 +8,7 @@ given twice, a prefix shared that was never computed, a token skipped) fails an 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,7 +84,7 @@ class FakeWorker:
         self._kv: npt.NDArray[np.uint64] = np.zeros((self._num_blocks, self._block_size), np.uint64)
         self._holders = [0] * self._num_blocks
         self._sequences: dict[int, _Sequence] = {}
-        self._last_slots: list[int] = []
+        self._last_slots: deque[list[int]] = deque(maxlen=config.parallel.pipeline_parallel_size)
         self._next_step = 0
 
     def load(self) -> WorkerInfo:
@@ -103,6 +104,7 @@ class FakeWorker:
     def step(self, plan: StepPlan, masks: Callable[[int], Masks]) -> StepResult:
         assert plan.step == self._next_step, f"step {plan.step}, expected {self._next_step}"
         self._next_step += 1
+        began = time.perf_counter_ns()
         if self._model.latency_s:
             time.sleep(self._model.latency_s)
         if plan.step == self._model.fail_at_step:
@@ -116,7 +118,10 @@ class FakeWorker:
         runs = self._runs(plan)
         for slot, count in runs:
             self._compute(self._sequences[slot], count)
-        return self._results(plan, runs, masks(plan.step) if plan.masked_slots else {})
+        result = self._results(plan, runs, masks(plan.step) if plan.masked_slots else {})
+        end = time.perf_counter_ns()
+        result.times_ns = {"model": end - began, "start": began, "end": end}
+        return result
 
     def close(self) -> None:
         self._sequences.clear()
@@ -149,13 +154,15 @@ class FakeWorker:
 
     def _runs(self, plan: StepPlan) -> list[tuple[int, int]]:
         if plan.runs is None:
-            assert self._last_slots, "the first plan must say what it runs"
-            return [(slot, 1) for slot in self._last_slots]
+            assert len(self._last_slots) == self._last_slots.maxlen, "the first plans must say what they run"
+            self._last_slots.append(self._last_slots[0])
+            return [(slot, 1) for slot in self._last_slots[-1]]
         pairs = np.frombuffer(plan.runs, np.int32).reshape(-1, 2).tolist()
-        self._last_slots = [slot for slot, _ in pairs]
+        slots = [slot for slot, _ in pairs]
+        self._last_slots.append(slots)
         total = sum(count for _, count in pairs)
         assert 0 < total <= self._config.scheduler.max_num_batched_tokens, f"{total} tokens in a step"
-        assert len(set(self._last_slots)) == len(pairs), "a slot runs twice"
+        assert len(set(slots)) == len(pairs), "a slot runs twice"
         return [(slot, count) for slot, count in pairs]
 
     def _compute(self, sequence: _Sequence, count: int) -> None:

@@ -9,7 +9,7 @@ from headway.messages import StepPlan, StepResult, WorkerInfo
 
 
 class Executor(Protocol):
-    """Runs plans in the order they are submitted; at most depth + 1 are outstanding.
+    """Runs plans in the order they are submitted; at most pipeline_parallel_size + depth are outstanding.
 
     An exception in a step reaches its future as WorkerError; every later call raises EngineDead.
     """

@@ -2,7 +2,8 @@
 
 A worker's view of slot s: ``length`` tokens known, ``computed`` of them in the KV cache. Running s with n tokens
 computes positions computed .. computed + n - 1. When that reaches ``length`` (and the slot samples), the worker samples
-the next token, appends it, and length grows by one: so step N+1 can be planned before N's tokens are known.
+the next token, appends it, and length grows by one: so step N+1 can be planned before N's tokens are known. The stages
+of a pipeline all apply every plan; the last one samples and sends the tokens to the first.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class StepPlan(msgspec.Struct, array_like=True, tag=True, kw_only=True):
     """What changed since the last plan; applied in the order releases, starts, blocks, runs.
 
     releases: slots to forget. blocks: flat (slot, block id) pairs to append to block tables.
-    runs: int32 bytes, flat (slot, number of tokens) pairs in batch order; None runs the same slots as the last plan,
-    one token each. masked_slots: slots whose sampling waits for a token mask sent with Executor.mask(step, ...).
+    runs: int32 bytes, flat (slot, number of tokens) pairs in batch order; None runs the same slots as the last plan
+    (of a pipeline: as the plan that lies as many steps back as there are stages), one token each. masked_slots: slots whose sampling waits for a token mask sent with Executor.mask(step, ...).
     """
 
     step: int

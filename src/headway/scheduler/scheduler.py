@@ -4,16 +4,16 @@
                ^                    │                            │                              │
                └─────── preempt ────┴────────────────────────────┘            stop or limit in a result: finished
 
-Each step runs every decoding slot for one token, then fills the token budget with prompts. A prompt that fits in what
-is left runs whole. At most one prompt a step is cut: the first that does not fit. It leaves half of what is left to
-the prompts behind it that fit there whole, so a long prompt neither stalls decodes nor short prompts, and no step is
-made of slivers. A prompt's blocks are claimed when it enters its slot; decodes claim one block at a time, and when
-there is none the latest request (under "priority": of the lowest priority) goes back to the head of the queue with
-what it has generated, to be prefilled again.
+Each step runs every decoding slot for one token (in a pipeline, those whose turn it is), then fills the token budget
+with prompts. A prompt that fits in what is left runs whole. At most one prompt a step is cut: the first that does not
+fit. It leaves half of what is left to the prompts behind it that fit there whole, so a long prompt neither stalls
+decodes nor short prompts, and no step is made of slivers. A prompt's blocks are claimed when it enters its slot;
+decodes claim one block at a time, and when there is none the latest request (under "priority": of the lowest priority)
+goes back to the head of the queue with what it has generated, to be prefilled again.
 
-Plans depend only on counts, never on token values, so step N+1 can be planned while N runs. Workers run plans in order:
-a slot and its blocks can be given on at once, and a result for a slot's former occupant is told by the slot's epoch.
-Nothing here reads a clock, iterates a set or hashes an identity: the same commands give the same plans.
+Plans depend only on counts, never on token values, so a step can be planned while others run. Workers run plans in
+order: a slot and its blocks can be given on at once, and a result for a slot's former occupant is told by the slot's
+epoch. Nothing here reads a clock, iterates a set or hashes an identity: the same commands give the same plans.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from headway.errors import RequestError
 from headway.messages import EngineOutput, Request, SlotStart, StepPlan, StepResult
 from headway.messages.outputs import FinishReason
 from headway.scheduler.checks import check, runs_whole
+from headway.scheduler.decodes import Decodes
 from headway.scheduler.flight import Chunk, InFlight, encode_runs, slot_start
 from headway.scheduler.queue import WaitingQueue
 from headway.scheduler.slots import Slots, SlotTable
@@ -65,9 +66,9 @@ class Scheduler:
         self._states: dict[str, RequestState] = {}
         self._arrivals = 0
         self._prefilling: list[RequestState] = []
-        self._decodes: Slots = np.empty(0, np.int64)
-        self._stale = False  # some of _decodes no longer decode
-        self._last: Slots = self._decodes
+        stages = config.parallel.pipeline_parallel_size
+        self._decodes = Decodes(self._slots, stages, scheduler.depth)
+        self._last: deque[Slots] = deque(maxlen=stages)  # what the last plans run
         self._releases: list[int] = []
         self._in_flight: deque[InFlight] = deque()
         self._stats = EngineStats(blocks_total=self._kv.pool.total)
@@ -107,52 +108,46 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """What to run next, None if nothing can. Each plan is answered by one ``update``, in order."""
-        blocks = self._grow()
-        decodes = self._current_decodes()
+        decodes, blocks = self._plan_decodes()
         starts: list[SlotStart] = []
         chunks: list[Chunk] = []
         if self._prefilling or (self._waiting and self._slots.free):
             chunks = self._plan_chunks(self._budget - decodes.size, starts)
         if not decodes.size and not chunks:
-            return None
+            decodes, blocks = self._plan_decodes(early=True)
+            if not decodes.size:
+                return None
         slots = decodes
         if chunks:
             slots = np.concatenate((decodes, np.array([chunk.state.slot for chunk in chunks], np.int64)))
+        repeats = len(self._last) == self._last.maxlen and not (starts or self._releases)
         plan = StepPlan(
             step=self._step,
             releases=self._releases,
             starts=starts,
             blocks=blocks,
-            runs=encode_runs(slots, chunks, None if starts or self._releases else self._last),
+            runs=encode_runs(slots, chunks, self._last[0] if repeats else None),
             masked_slots=self._masked_slots(decodes, chunks),
         )
         self._in_flight.append(InFlight(self._step, slots, self._slots.epoch[slots], chunks, plan.masked_slots))
         self._releases = []
-        self._last = slots
-        self._step += 1
+        self._last.append(slots)
         self._advance(decodes, chunks)
+        self._step += 1
         return plan
 
-    def _current_decodes(self) -> Slots:
-        if self._stale:
-            self._decodes = self._decodes[self._slots.decoding[self._decodes]]
-            self._stale = False
-        return self._decodes
-
-    def _grow(self) -> list[int]:
-        """A block for each decode that is about to enter a new one, preempting until there are enough."""
-        decodes = self._current_decodes()
-        crossing = decodes[self._slots.computed[decodes] >= self._kv.table.capacity[decodes]]
-        if not crossing.size:
-            return []
-        while crossing.size > self._kv.pool.available:
+    def _plan_decodes(self, *, early: bool = False) -> tuple[Slots, list[int]]:
+        """This step's decodes, with a block for each that is about to enter a new one, preempting until there are."""
+        while True:
+            decodes = self._decodes.turn(self._step, early=early)
+            crossing = decodes[self._slots.computed[decodes] >= self._kv.table.capacity[decodes]]
+            if crossing.size <= self._kv.pool.available:
+                return decodes, self._kv.grow(crossing) if crossing.size else []
             self._preempt()
-            crossing = crossing[self._slots.decoding[crossing]]
-        return self._kv.grow(crossing) if crossing.size else []
 
     def _preempt(self) -> None:
         """Sends the last in rank back to the queue. Requests that only await their last token are left alone."""
-        victims = [*self._prefilling, *(self._slots.occupant(slot) for slot in self._current_decodes().tolist())]
+        victims = [*self._prefilling, *(self._slots.occupant(slot) for slot in self._decodes.all().tolist())]
         victim = max(victims, key=self._rank)
         self._vacate(victim)
         if victim.wants_prompt_logprobs:
@@ -255,7 +250,8 @@ class Scheduler:
         at_limit = computed + 1 >= slots.limit[decodes]
         if at_limit.any():
             slots.decoding[decodes[at_limit]] = False
-            self._stale = True
+            self._decodes.left()
+        self._decodes.ran(decodes, self._step)
         joining: list[int] = []
         for chunk in chunks:
             slot = chunk.state.slot
@@ -267,7 +263,7 @@ class Scheduler:
                 slots.decoding[slot] = True
                 joining.append(slot)
         if joining:
-            self._decodes = np.concatenate((self._decodes, np.array(joining, np.int64)))
+            self._decodes.join(joining, self._step)
 
     # Results ----------------------------------------------------------------------------------------------------------
 
@@ -368,7 +364,7 @@ class Scheduler:
             self._kv.release(slot)
         self._slots.leave(state)
         self._releases.append(slot)
-        self._stale = True
+        self._decodes.left()
         state.prefilled = False
         state.registered = 0
 
