@@ -95,7 +95,7 @@ def test_one_wakeup_a_step_and_loop_however_many_callers(monkeypatch: pytest.Mon
 
     with running() as engine:
         wakeups = asyncio.run(scenario(engine))
-        assert wakeups <= engine.stats().steps
+        assert wakeups <= engine.metrics().steps
 
 
 def test_closing_the_iterator_aborts_the_request() -> None:
@@ -103,8 +103,8 @@ def test_closing_the_iterator_aborts_the_request() -> None:
         stream = engine.generate(make_request("a", 1000))
         assert (await anext(stream)).finish_reason is None
         await stream.aclose()
-        await eventually(lambda: engine.stats().running == 0)
-        assert engine.stats().generated_tokens < 1000
+        await eventually(lambda: engine.metrics().running == 0)
+        assert engine.metrics().generated_tokens < 1000
         # The name is free again.
         assert (await collect(engine, make_request("a", 2)))[-1].finish_reason == "length"
 
@@ -168,7 +168,7 @@ def test_callers_whose_event_loop_is_gone_are_aborted() -> None:
         stream = engine.generate(make_request("a", 1000))
         loop.run_until_complete(anext(stream))
         loop.close()
-        asyncio.run(eventually(lambda: engine.stats().running == 0))
+        asyncio.run(eventually(lambda: engine.metrics().running == 0))
 
 
 def test_an_idle_engine_costs_nothing() -> None:
@@ -231,7 +231,7 @@ def test_a_request_whose_grammar_compiles_can_be_aborted() -> None:
         await asyncio.gather(left, return_exceptions=True)
         grammar.let.set()
         assert len(await collect(engine, constrained("left"))) == 4
-        assert engine.stats().generated_tokens == 4
+        assert engine.metrics().generated_tokens == 4
 
     with running(grammar=grammar) as engine:
         asyncio.run(scenario(engine))

@@ -149,7 +149,7 @@ def test_a_run_that_does_not_reach_the_end_samples_nothing(new_driver: NewDriver
     result = driver.step({0: 10, 1: 3})
     assert tokens_of(result)[0] == -1
     assert tokens_of(result)[1] == driver.sequences[1].output[0]
-    assert set(result.times_ns) == {"prepare", "model", "sample"}
+    assert set(result.times_ns) == {"prepare", "model", "sample", "start", "end"}
 
 
 def test_a_plan_without_runs_computes_nothing(new_driver: NewDriver) -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from headway.engine.core import EngineCore
 from headway.engine.grammar import GrammarBackend, Matcher
 from headway.engine.launch import launch
-from headway.scheduler import EngineStats
+from headway.engine.metrics import EngineMetrics, StepTimes
 
 if TYPE_CHECKING:
     from headway.engine.async_engine import AsyncEngine
 
-__all__ = ["AsyncEngine", "EngineCore", "EngineStats", "GrammarBackend", "Matcher", "launch"]
+__all__ = ["AsyncEngine", "EngineCore", "EngineMetrics", "GrammarBackend", "Matcher", "StepTimes", "launch"]
 
 
 def __getattr__(name: str) -> object:

@@ -19,9 +19,9 @@ from queue import Empty, SimpleQueue
 from headway.engine.constraints import constraint
 from headway.engine.core import EngineCore
 from headway.engine.grammar import Matcher
+from headway.engine.metrics import EngineMetrics
 from headway.errors import EngineDead, HeadwayError, RequestError
 from headway.messages import EngineOutput, Request
-from headway.scheduler import EngineStats
 
 _Item = EngineOutput | BaseException
 
@@ -101,8 +101,8 @@ class AsyncEngine:
         """Ends requests; their iterators get a last output with finish_reason "abort"."""
         self._post(_Abort(request_ids))
 
-    def stats(self) -> EngineStats:
-        return self._core.stats()
+    def metrics(self) -> EngineMetrics:
+        return self._core.metrics()
 
     def close(self, timeout: float = 5.0) -> None:
         """Idempotent. Whoever still waits gets EngineDead."""

@@ -22,9 +22,13 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import msgspec
+
 from headway.config import EngineConfig
 from headway.engine.constraints import Constraints
 from headway.engine.grammar import GrammarBackend, Matcher
+from headway.engine.metrics import ENCODE, OUTSIDE, SCHEDULE, UPDATE, EngineMetrics, StepClock
+from headway.engine.trace import Trace
 from headway.errors import EngineDead
 from headway.executor import Executor, WorkerInfo
 from headway.messages import EngineOutput, Request, StepPlan, StepResult
@@ -41,17 +45,23 @@ class _InFlight:
 class EngineCore:
     """One engine, driven by one thread. The executor has been started; close() closes it.
 
-    After a failure of the executor every call but close(), stats() and has_work() raises EngineDead.
+    After a failure of the executor every call but close(), stats(), metrics() and has_work() raises EngineDead.
     """
 
     def __init__(
-        self, config: EngineConfig, executor: Executor, info: WorkerInfo, grammar: GrammarBackend | None = None
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        info: WorkerInfo,
+        grammar: GrammarBackend | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.config, self.info = config, info
         self._executor = executor
         self._most_in_flight = config.parallel.pipeline_parallel_size + config.scheduler.depth
         self._constraints = Constraints(grammar, info.vocab_size)
         self._scheduler = Scheduler(config, self._constraints.accept)
+        self._clock = StepClock(trace)
         self._in_flight: deque[_InFlight] = deque()
         self._failed: list[EngineOutput] = []  # by their constraint, since the last step()
         self._dead: BaseException | None = None
@@ -66,6 +76,7 @@ class EngineCore:
         if matcher is None:
             matcher = self.compile(request)
         self._scheduler.add(request)
+        self._clock.begin()
         if matcher is not None:
             self._constraints.add(request.request_id, matcher)
 
@@ -77,6 +88,7 @@ class EngineCore:
         self._check_alive()
         outputs = [o for name in request_ids if (o := self._scheduler.abort(name)) is not None]
         self._forget_ended(outputs)
+        self._rest_without_work()
         return outputs
 
     def has_work(self) -> bool:
@@ -100,23 +112,33 @@ class EngineCore:
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
 
+    def metrics(self) -> EngineMetrics:
+        """stats() and times, of now; from any thread."""
+        return EngineMetrics(**msgspec.structs.asdict(self.stats()), times=self._clock.times())
+
     def close(self, timeout: float = 5.0) -> None:
         """Idempotent. Steps in flight are let go, their results dropped."""
         if self._dead is None:
             self._dead = EngineDead("the engine was closed")
         self._in_flight.clear()
+        self._clock.close()
         self._executor.close(timeout)
 
     def _step(self) -> list[EngineOutput]:
+        clock = self._clock
+        clock.lap(OUTSIDE)
         while len(self._in_flight) < self._most_in_flight:
             plan = self._scheduler.plan()
+            clock.lap(SCHEDULE)
             if plan is None:
                 break
             self._submit(plan)
+            clock.lap(ENCODE)
         if not self._in_flight:
             assert not self._scheduler.has_requests, "requests wait, but nothing can run"
             return []
         result = self._in_flight[0].future.result()  # Ctrl-C here leaves everything as it was
+        clock.taken(result)
         self._in_flight.popleft()
         outputs = self._scheduler.update(result)
         self._forget_ended(outputs)
@@ -125,7 +147,13 @@ class EngineCore:
         if self._failed:
             self._forget_ended(self._failed)
             outputs, self._failed = outputs + self._failed, []
+        clock.lap(UPDATE)
+        self._rest_without_work()
         return outputs
+
+    def _rest_without_work(self) -> None:
+        if not self.has_work():
+            self._clock.rest()
 
     def _first_failure(self) -> BaseException | None:
         """What failed a step in flight: a submit() after it only knows that the executor is dead."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from headway.config import EngineConfig
 from headway.engine.core import EngineCore
 from headway.engine.grammar import GrammarBackend
+from headway.engine.trace import Trace
 from headway.executor import make_executor
 
 
@@ -16,6 +17,7 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
 
     grammar: asked once the model is loaded, so that what it needs can be read meanwhile.
     """
+    trace = None if config.trace is None else Trace(config.trace)
     executor = make_executor(config)
     info = executor.start()
     try:
@@ -24,4 +26,4 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
         executor.close()
         raise
     cache = replace(config.cache, num_blocks=info.num_blocks, block_size=info.block_size)
-    return EngineCore(replace(config, cache=cache), executor, info, backend)
+    return EngineCore(replace(config, cache=cache), executor, info, backend, trace)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from headway.config import EngineArgs, EngineConfig, ModelFacts, machine_facts, resolve
-from headway.engine import EngineCore, EngineStats, launch
+from headway.engine import EngineCore, EngineMetrics, launch
 from headway.engine.structured import LLGuidanceBackend
 from headway.llm.chat import ChatRenderer, Message
 from headway.llm.defaults import default_sampling
@@ -111,8 +111,9 @@ class Client:
         """What holds where a caller passes none: the checkpoint's generation_config.json, else our own defaults."""
         return self._frontend.sampling
 
-    def metrics(self) -> EngineStats:
-        return self._frontend.core.stats()
+    def metrics(self) -> EngineMetrics:
+        """Counters and times since the start; ``times.since(earlier.times)`` is what a stretch of work took."""
+        return self._frontend.core.metrics()
 
     def _chat_prompt(self, messages: Sequence[Message], **options: Any) -> PromptInput:
         """options: see ChatRenderer.render."""

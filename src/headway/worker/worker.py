@@ -61,11 +61,15 @@ class Worker:
     def step(self, plan: StepPlan, masks: Masks) -> StepResult:
         """Executes one plan; masks(step) is called after the forward pass where the plan has masked slots.
 
-        times_ns: "prepare" (the batch and inputs), "model" (forward pass, logits), "sample" (tokens, pooling, reports).
+        times_ns: "prepare" (the batch and inputs), "model" (forward pass, logits), "sample" (tokens, pooling, reports);
+        "start" and "end" of the step on this machine's monotonic clock.
         """
         assert self._runner is not None, "load() comes first"
+        start = time.perf_counter_ns()
         with torch.inference_mode():
-            return self._runner.step(plan, masks)
+            result = self._runner.step(plan, masks)
+        result.times_ns |= {"start": start, "end": time.perf_counter_ns()}
+        return result
 
     def close(self) -> None:
         """Lets go of the model and the cache."""
