@@ -19,6 +19,7 @@ DECODER = ModelFacts(
     dtype="bfloat16",
     vocab_size=49152,
     num_layers=30,
+    num_heads=9,
     num_kv_heads=3,
     head_dim=64,
     hidden_size=576,
@@ -111,7 +112,8 @@ def test_uni_runs_one_rank_and_names_the_executors_that_run_more() -> None:
 def test_sizes_that_cannot_be_are_refused_by_name() -> None:
     assert refused(pipeline_parallel_size=31).accepted == "the model has 30 layers"
     assert refused(data_parallel_size=2).field == "data_parallel_size"
-    assert refused(ENCODER, tensor_parallel_size=2).field == "tensor_parallel_size"
+    assert refused(ENCODER, pipeline_parallel_size=2).field == "pipeline_parallel_size"
+    assert refused(tensor_parallel_size=10).accepted == "the model has 9 heads"
 
 
 def test_ranks_of_a_node_divide_its_cores_and_its_memory() -> None:

@@ -23,6 +23,7 @@ FACTS = ModelFacts(
     dtype="bfloat16",
     vocab_size=49152,
     num_layers=1,
+    num_heads=1,
     num_kv_heads=1,
     head_dim=8,
     hidden_size=16,

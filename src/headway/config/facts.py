@@ -23,6 +23,7 @@ class ModelFacts:
     dtype: Dtype
     vocab_size: int
     num_layers: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     hidden_size: int

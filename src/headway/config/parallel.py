@@ -16,12 +16,14 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
     """weights: bytes of the whole model once it is loaded. Raises ConfigError."""
     args = choices.args
     tp, pp, dp = args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size
-    for name, size in (("tensor_parallel_size", tp), ("pipeline_parallel_size", pp)):
-        if size > 1 and not facts.num_kv_heads:
-            raise ConfigError(name, size, "must be 1 for an encoder: more copies of it serve more")
-        choices.note(name, size, "given" if size > 1 else "not split")
+    if tp > facts.num_heads:
+        raise ConfigError("tensor_parallel_size", tp, f"the model has {facts.num_heads} heads")
+    if pp > 1 and not facts.num_kv_heads:
+        raise ConfigError("pipeline_parallel_size", pp, "must be 1 for an encoder; tensor_parallel_size divides it")
     if pp > facts.num_layers:
         raise ConfigError("pipeline_parallel_size", pp, f"the model has {facts.num_layers} layers")
+    for name, size in (("tensor_parallel_size", tp), ("pipeline_parallel_size", pp)):
+        choices.note(name, size, "given" if size > 1 else "not split")
     if dp > 1:
         raise ConfigError("data_parallel_size", dp, "must be 1: this version runs one replica")
     choices.note("data_parallel_size", dp, "one replica")
