@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,20 +56,21 @@ def start(model: str, **engine_args: Any) -> Frontend:
     Raises ConfigError for a setting, ModelError for a model, that cannot be used.
     """
     args = EngineArgs.from_kwargs(model=model, **engine_args)
-    path = resolve_source(args.model, args.revision)
+    path = resolve_source(args.model, args.revision, load_format=args.load_format)
     facts = describe(path)
     config = resolve(args, facts, machine_facts(), str(path))
     sampling = default_sampling(path)
     tokenizer_path = path if args.tokenizer is None else resolve_source(args.tokenizer, setting="tokenizer")
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(_read_tokenizer, tokenizer_path, facts)
+        reading = pool.submit(_read_tokenizer, tokenizer_path, facts, config.model.load_format == "dummy")
         core = launch(config, lambda: reading.result()[1])
     tokenizer, grammar = reading.result()
+    logging.getLogger("headway").info("%s: %s", config.model.served_model_name, core.info)
     return Frontend.over(core, facts, tokenizer, grammar, sampling)
 
 
-def _read_tokenizer(path: Path, facts: ModelFacts) -> tuple[Tokenizer, LLGuidanceBackend]:
-    tokenizer = load_tokenizer(path)
+def _read_tokenizer(path: Path, facts: ModelFacts, may_lack: bool) -> tuple[Tokenizer, LLGuidanceBackend]:
+    tokenizer = load_tokenizer(path, may_lack=may_lack)
     return tokenizer, make_grammar(tokenizer, facts)
 
 
@@ -101,6 +103,7 @@ class Client:
 
     @property
     def executor_info(self) -> WorkerInfo:
+        """Where the step runs and why, on how many ranks, with which threads, kernels, capacity and start-up times."""
         return self._frontend.core.info
 
     @property

@@ -28,8 +28,20 @@ ALIASES = {
 }
 
 
-def resolve_source(name: str, revision: str | None = None, *, setting: str = "model") -> Path:
+_PUBLISHED = Path(__file__).with_name("published")
+
+
+def published_shapes() -> dict[str, Path]:
+    """Hub ids, in lower case, whose config.json is here: they run with random weights."""
+    return {path.name.replace("--", "/"): path for path in sorted(_PUBLISHED.iterdir())}
+
+
+def resolve_source(
+    name: str, revision: str | None = None, *, setting: str = "model", load_format: str | None = None
+) -> Path:
     """A local path as it is; an alias; anything else is a hub id, downloaded or found in the local hub cache.
+
+    load_format "dummy" needs no weights, so a published shape is enough.
 
     revision: branch, tag or commit on the hub. setting: what errors call the name. Raises ModelError when there is no
     such model or the hub cannot be reached, ConfigError for a revision of something local.
@@ -41,6 +53,8 @@ def resolve_source(name: str, revision: str | None = None, *, setting: str = "mo
         return path
     if path.exists():
         raise ModelError(f"{setting}={name!r}: must be a model directory or a .gguf file")
+    if load_format == "dummy" and name.lower() in published_shapes():
+        return published_shapes()[name.lower()]
     alias = ALIASES.get(name.lower())
     installed = _in_package(alias) if alias and revision is None else None
     return installed or _from_hub(alias.hub_id if alias else name, name, revision, setting)

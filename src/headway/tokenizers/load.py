@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from headway.errors import ModelError
+from headway.tokenizers.absent import NoTokenizer
 from headway.tokenizers.gguf import load_gguf_tokenizer
 from headway.tokenizers.special import add_bos_and_eos
 from headway.tokenizers.tokenizer import Tokenizer, TokenizerInfo
@@ -20,11 +21,16 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 _CONVERTIBLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """From a Hugging Face directory or a .gguf file. ModelError if there is none that can be used."""
+def load_tokenizer(path: str | Path, *, may_lack: bool = False) -> Tokenizer:
+    """From a Hugging Face directory or a .gguf file. ModelError if there is none that can be used.
+
+    may_lack: a directory without any gets one that refuses text.
+    """
     path = Path(path)
     if path.suffix == ".gguf":
         return Tokenizer(*load_gguf_tokenizer(path))
+    if may_lack and not any((path / name).exists() for name in ("tokenizer.json", *_CONVERTIBLE)):
+        return NoTokenizer()
     config = _read_json(path / "tokenizer_config.json")
     backend = _backend(path, config)
     special = _special_tokens(path, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +26,10 @@ class WeightSource(Protocol):
 
 
 def open_weights(path: Path, config: Config, *, load_format: str, seed: int, dtype: torch.dtype) -> WeightSource:
-    """The weights of a directory or GGUF file; random ones for load_format "dummy". dtype: what GGUF dequantises to."""
+    """The weights of a directory or GGUF file; random ones for load_format "dummy". dtype: what GGUF
+    dequantises to, and random weights are drawn in."""
     if load_format == "dummy":
-        return DummyWeights(seed)
+        return DummyWeights(seed, dtype)
     if is_gguf(path):
         from headway.models.loading.gguf_weights import GGUFWeights
 
@@ -90,10 +92,17 @@ class PickledWeights:
 
 
 class DummyWeights:
-    """Random weights: the same for the same name and seed, whatever is loaded before them and on whichever rank."""
+    """Random weights: the same for the same name and seed, whatever is loaded before them and on whichever rank.
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    Every matrix is cut from one stretch of normal numbers, repeated: copying is some 20 times faster than drawing.
+    """
+
+    _LENGTH = 1_048_573  # a prime: rows of one matrix start at different places
+    _SCALE = 0.02
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self._values = (torch.randn(self._LENGTH, generator=generator) * self._SCALE).to(dtype)
 
     def has(self, name: str) -> bool:
         return True
@@ -101,8 +110,9 @@ class DummyWeights:
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
             return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
-        generator = torch.Generator().manual_seed(self._seed ^ zlib.crc32(name.encode()))
-        return torch.randn(shape, generator=generator) * 0.02
+        count = math.prod(shape)
+        start = zlib.crc32(name.encode()) % self._LENGTH
+        return self._values.roll(-start).repeat(-(-count // self._LENGTH))[:count].view(shape)
 
 
 def _stored_name(name: str, tensors: dict[str, Any]) -> str | None:
