@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
+
 from headway.config import EngineConfig
 from headway.engine.core import EngineCore
 from headway.engine.grammar import GrammarBackend
 from headway.engine.trace import Trace
-from headway.executor import make_executor
+from headway.executor import WorkerInfo, make_executor
 
 
 def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = None) -> EngineCore:
@@ -25,5 +27,22 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
     except BaseException:
         executor.close()
         raise
+    config = _as_started(config, info)
+    return EngineCore(config, executor, _explained(info, config), backend, trace)
+
+
+def _as_started(config: EngineConfig, info: WorkerInfo) -> EngineConfig:
+    """With the capacity that the workers found."""
     cache = replace(config.cache, num_blocks=info.num_blocks, block_size=info.block_size)
-    return EngineCore(replace(config, cache=cache), executor, info, backend, trace)
+    model = replace(config.model, max_model_len=info.max_model_len or config.model.max_model_len)
+    return replace(config, cache=cache, model=model)
+
+
+def _explained(info: WorkerInfo, config: EngineConfig) -> WorkerInfo:
+    reasons = {choice.name: choice.reason for choice in config.choices}
+    return msgspec.structs.replace(
+        info,
+        reason=reasons.get("distributed_executor_backend", "given"),
+        ranks=config.parallel.ranks,
+        depth=config.scheduler.depth,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -137,4 +138,5 @@ class Worker:
             weights_bytes=model.weights_bytes,
             kv_bytes=kv.nbytes if kv is not None else 0,
             startup_s=startup_s,
+            pids=[os.getpid()],
         )
