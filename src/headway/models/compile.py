@@ -10,13 +10,15 @@ from headway.ops.program import Buffer, LinearMode, NormKind
 if TYPE_CHECKING:
     from headway.models.decoder import Decoder
     from headway.models.layers import Norm
+    from headway.ops.port import PackedLinear
     from headway.ops.program import ProgramBuilder
 
 
 def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int, max_runs: int) -> Any:
-    """The step of every family of DecoderSpec. max_tokens, max_runs: the most one step may hold."""
+    """The step of every family of DecoderSpec, or a pipeline stage of it. max_tokens, max_runs: the most it holds."""
     spec = model.spec
-    builder.embed(model.embed.weight if isinstance(model.embed, EmbeddingTable) else model.embed)
+    if model.embed is not None:
+        builder.embed(model.embed.weight if isinstance(model.embed, EmbeddingTable) else model.embed)
     if model.project_in is not None:
         builder.norm(NormKind.NONE, model.project_in.in_features)
         builder.linear(Buffer.H, Buffer.X, model.project_in, LinearMode.SET)
@@ -31,7 +33,7 @@ def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int,
         q_norm, k_norm = (n.weight if n is not None else None for n in (layer.q_norm, layer.k_norm))
         builder.rotary_kv(index, q_norm, k_norm, spec.norm_eps)
         builder.attention(index)
-        if layer is model.layers[-1]:
+        if layer is model.layers[-1] and model.head is not None:
             builder.keep_sampled_rows()
         builder.linear(Buffer.ATTN, Buffer.X, layer.o, LinearMode.ADD)
         _norm(
@@ -44,15 +46,8 @@ def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int,
         builder.linear(Buffer.ACT, Buffer.X, layer.down, LinearMode.ADD)
         if not spec.norm_first:
             _norm(builder, layer.mlp_norm, spec.hidden_size, keep=True)
-    if model.final_norm is not None:
-        _norm(builder, model.final_norm, spec.hidden_size)
-    elif spec.norm_first:
-        builder.norm(NormKind.NONE, spec.hidden_size)
-    head_from = Buffer.H
-    if model.project_out is not None:
-        head_from = Buffer.ATTN
-        builder.linear(Buffer.H, head_from, model.project_out, LinearMode.STORE)
-    builder.head(head_from, model.head)
+    if model.head is not None:
+        _head(model, builder, model.head)
     return builder.finish(
         num_heads=model.num_heads,
         cos_sin=model.cos_sin,
@@ -62,6 +57,19 @@ def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int,
         max_tokens=max_tokens,
         max_runs=max_runs,
     )
+
+
+def _head(model: Decoder, builder: ProgramBuilder, head: PackedLinear) -> None:
+    spec = model.spec
+    if model.final_norm is not None:
+        _norm(builder, model.final_norm, spec.hidden_size)
+    elif spec.norm_first:
+        builder.norm(NormKind.NONE, spec.hidden_size)
+    head_from = Buffer.H
+    if model.project_out is not None:
+        head_from = Buffer.ATTN
+        builder.linear(Buffer.H, head_from, model.project_out, LinearMode.STORE)
+    builder.head(head_from, head)
 
 
 def _norm(builder: ProgramBuilder, norm: Norm, width: int, *, keep: bool = False) -> None:

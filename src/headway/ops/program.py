@@ -96,5 +96,8 @@ class ProgramBuilder(Protocol):
         max_tokens: int,
         max_runs: int,
     ) -> Any:
-        """A headway.worker.program.Program for steps of at most max_tokens tokens in max_runs runs."""
+        """A headway.worker.program.Program for steps of at most max_tokens tokens in max_runs runs.
+
+        Without embed it begins with X as it stands, without head it ends with X.
+        """
         ...

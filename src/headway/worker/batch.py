@@ -41,9 +41,10 @@ class Batch:
     tokens: int32 [slots, max_model_len + 1], prompt then output. length: tokens known; computed: of them in the cache.
     block_table: int32 [slots, max_blocks], block 0 where unused. kind: ``Kind``. top_k: 0 keeps all. min_tokens: 0
     where no stop id is to be masked. seed: uint64; the other sampling parameters float32; everything else int32.
+    stages: of the pipeline. In all but the last, the first ``length`` tokens include some that are not known there.
     """
 
-    def __init__(self, num_slots: int, max_model_len: int, block_size: int, vocab_size: int) -> None:
+    def __init__(self, num_slots: int, max_model_len: int, block_size: int, vocab_size: int, stages: int = 1) -> None:
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.tokens = np.zeros((num_slots, max_model_len + 1), np.int32)
@@ -63,9 +64,9 @@ class Batch:
         self.repetition = np.zeros(num_slots, np.float32)
         self.min_tokens = np.zeros(num_slots, np.int32)
         self.extras: dict[int, SlotExtras] = {}
-        self._run_slots = np.zeros(num_slots, np.int32)
-        self._run_tokens = np.zeros(num_slots, np.int32)
-        self._num_runs = 0
+        self._turns = [(np.zeros(num_slots, np.int32), np.zeros(num_slots, np.int32)) for _ in range(stages)]
+        self._turn_sizes = [0] * stages
+        self._turn = 0
 
     def apply(self, plan: StepPlan) -> Runs:
         """Takes in a plan's deltas and returns what it runs; the arrays are valid until the next call."""
@@ -74,8 +75,7 @@ class Batch:
         for start in plan.starts:
             self._start(start)
         self.append_blocks(plan.blocks)
-        self._set_runs(plan.runs)
-        return self._runs()
+        return self._next_runs(plan.runs)
 
     def append_blocks(self, blocks: list[int]) -> None:
         """Flat (slot, block) pairs."""
@@ -92,17 +92,17 @@ class Batch:
         """How many tokens each slot has generated: the index of the next one."""
         return self.length[slots] - self.prompt_len[slots]
 
-    def _set_runs(self, runs: bytes | None) -> None:
+    def _next_runs(self, runs: bytes | None) -> Runs:
+        self._turn = (self._turn + 1) % len(self._turns)
+        slots, tokens = self._turns[self._turn]
+        if runs is not None:
+            pairs = np.frombuffer(runs, np.int32).reshape(-1, 2)
+            self._turn_sizes[self._turn] = len(pairs)
+            slots[: len(pairs)], tokens[: len(pairs)] = pairs.T
+        size = self._turn_sizes[self._turn]
+        slots, tokens = slots[:size], tokens[:size]
         if runs is None:
-            self._run_tokens[: self._num_runs] = 1
-            return
-        pairs = np.frombuffer(runs, np.int32).reshape(-1, 2)
-        self._num_runs = len(pairs)
-        self._run_slots[: len(pairs)] = pairs[:, 0]
-        self._run_tokens[: len(pairs)] = pairs[:, 1]
-
-    def _runs(self) -> Runs:
-        slots, tokens = self._run_slots[: self._num_runs], self._run_tokens[: self._num_runs]
+            tokens[:] = 1
         left = self.length[slots] - self.computed[slots] - tokens
         assert (left >= 0).all(), "a run goes past its slot's known tokens"
         done, pools = left == 0, (self.kind[slots] & Kind.POOL) != 0

@@ -18,7 +18,13 @@ class Want(IntEnum):
 
 
 class Program(Protocol):
-    """A decoder compiled for one KV cache."""
+    """A decoder, or a pipeline stage of one, compiled for one KV cache.
+
+    x: the residual stream, [max_tokens, K or more]. A stage without embedding begins with what its first rows hold; one
+    without head leaves its result there and takes no rows.
+    """
+
+    x: Float32Array
 
     def run(
         self, batch: Batch, run_slots: Int32Array, run_tokens: Int32Array, rows: Int32Array, want: Int32Array

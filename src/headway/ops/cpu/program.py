@@ -34,6 +34,7 @@ class CpuProgramBuilder:
         self._ops: list[abi.Op] = []
         self._keep: list[object] = []
         self._widths = [0] * abi.BUFFERS
+        self._vocab = 0
         self._sampled: dict[int, int] = {}  # where a buffer's rows went that want a token
 
     def embed(self, source: CpuLinear | Tensor) -> None:
@@ -171,6 +172,8 @@ class CpuProgram:
         self._step, self._struct, self._keep = kernels.step, struct, [logits, *keep]
         self._logits: NDArray[np.float32] = logits.numpy()
         self._token = np.zeros(len(self._logits), np.int32)
+        x = (ctypes.c_float * (struct.max_tokens * struct.strides[Buffer.X])).from_address(struct.buffers[Buffer.X])
+        self.x: NDArray[np.float32] = np.frombuffer(x, np.float32).reshape(struct.max_tokens, -1)
         self._batch: abi.Batch | None = None
         self._bound: object = None
         self._last = abi.Step()
