@@ -23,8 +23,30 @@ def test_throughput_reports_the_workload_it_ran(tmp_path: Path, capsys) -> None:
     assert abs(report["rows_per_s"] * slower - 3) < 0.2
     assert report["startup_s"] > 0
     assert (report["executor"], report["async_scheduling"], report["enable_prefix_caching"]) == ("uni", True, False)
+    assert report["steps"] == 8  # two repeats of one prefill and three decodes
+    assert 0 < report["executor_tax"] < 1
+    assert 0 < report["shares"]["model"] < 1
     assert report["peak_rss_mb"] > 270  # the weights alone
     assert {"headway", "torch"} <= set(report["versions"])
+
+
+def test_throughput_classifies_and_embeds(capsys) -> None:
+    sizes = ["--input-len", "8", "--num-prompts", "5", "--repeats", "1"]
+    cross_encoder = ["cross-encoder/ms-marco-minilm-l-6-v2", "--load-format", "dummy"]
+    for mode, model in (("classify", cross_encoder), ("embed", ["all-minilm-l6-v2"])):
+        assert main(["bench", "throughput", "--mode", mode, "--model", *model, *sizes]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["mode"], report["output_tokens_per_s"]) == (mode, None)
+        assert report["rows_per_s"] > 0
+
+
+def test_a_trace_of_a_benchmark_shows_its_steps(tmp_path: Path, capsys) -> None:
+    trace = tmp_path / "trace.json"
+    sizes = ["--input-len", "8", "--output-len", "3", "--num-prompts", "1"]
+    assert main(["bench", "latency", *ENGINE, *sizes, "--trace", str(trace)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    steps = [event["name"] for event in json.loads(trace.read_text()) if event["name"].startswith("step")]
+    assert len(steps) == 2 * report["steps"] == 2 * 3  # the warm-up too
 
 
 def test_latency_reports_percentiles(tmp_path: Path, capsys) -> None:

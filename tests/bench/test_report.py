@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from headway.bench.report import check_file, median, peak_rss_mb, percentiles, process_age_s, publish
+from headway.bench.report import accounting, check_file, median, peak_rss_mb, percentiles, process_age_s, publish
 from headway.bench.workload import random_prompts
+from headway.engine import StepTimes
 from headway.errors import ConfigError
 
 
@@ -17,6 +18,7 @@ def test_prompts_are_those_every_engine_gets() -> None:
     expected = [[rng.randrange(100, 40000) for _ in range(3)] for _ in range(2)]
     assert random_prompts(input_len=3, num_prompts=2, seed=5) == expected
     assert random_prompts(input_len=3, num_prompts=2, seed=6) != expected
+    assert max(random_prompts(input_len=500, num_prompts=1, seed=5, vocab_size=500)[0]) < 500
 
 
 def test_percentiles_are_measured_values() -> None:
@@ -28,8 +30,13 @@ def test_percentiles_are_measured_values() -> None:
 
 def test_a_report_is_one_line_and_a_file(tmp_path: Path, capsys) -> None:
     path = tmp_path / "report.json"
-    publish({"rows": 1}, str(path))
-    assert json.loads(capsys.readouterr().out) == json.loads(path.read_text()) == {"rows": 1}
+    report = {"rows": 1, **accounting(StepTimes(steps=3, wait=3.0, update=1.0, model=2.5, in_step=3.0))}
+    publish(report, str(path))
+    out, said = capsys.readouterr()
+    assert json.loads(out) == json.loads(path.read_text()) == report
+    assert "executor tax 25.00% over 3 steps" in said
+    assert "wait 75.0%" in said
+    assert "model 62.5%" in said
 
 
 def test_a_report_without_a_place_is_refused_at_once(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from headway.bench.options import LatencyOptions
-from headway.bench.report import check_file, peak_rss_mb, percentiles, publish, versions
+from headway.bench.report import accounting, check_file, engine_facts, peak_rss_mb, percentiles, publish
 from headway.bench.workload import random_prompts, sampling
 from headway.config import EngineArgs
 from headway.llm import AsyncLLM
@@ -33,6 +33,7 @@ async def measure(options: LatencyOptions, args: EngineArgs) -> dict[str, Any]:
     gaps: list[float] = []
     async with AsyncLLM(**asdict(args)) as llm:
         await _arrivals(llm, warm_up, params)
+        before = llm.metrics().times
         for prompt in prompts:
             times = await _arrivals(llm, prompt, params)
             first.append(times[0])
@@ -47,14 +48,9 @@ async def measure(options: LatencyOptions, args: EngineArgs) -> dict[str, Any]:
             "ttft_ms": percentiles(first),
             "tpot_ms": percentiles(each),
             "itl_ms": percentiles(gaps),
+            **accounting(llm.metrics().times.since(before)),
             "peak_rss_mb": peak_rss_mb(),
-            "executor": llm.executor_info.executor,
-            "async_scheduling": llm.config.scheduler.depth == 1,
-            "threads": llm.executor_info.threads,
-            "kernels": llm.executor_info.kernels,
-            "dtype": llm.config.model.dtype,
-            "quantization": llm.config.model.quantization,
-            "versions": versions(),
+            **engine_facts(llm),
         }
 
 

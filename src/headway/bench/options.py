@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from headway.config.args import check_fields, setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputOptions:
+    mode: Literal["generate", "classify", "embed"] = setting("generate", text="what is asked of the model")
     input_len: int = setting(64, text="tokens a prompt", low=1)
     output_len: int = setting(64, text="tokens an answer", low=1)
     num_prompts: int = setting(64, text="prompts, all given at once", low=1)

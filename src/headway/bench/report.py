@@ -9,9 +9,13 @@ import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from headway.engine import StepTimes
+    from headway.llm.frontend import Client
 
 PACKAGES = ("headway", "torch", "numpy", "tokenizers")
 
@@ -42,8 +46,38 @@ def check_file(path: str | None) -> None:
         raise ConfigError("json", path, "its directory does not exist")
 
 
+def engine_facts(llm: Client) -> dict[str, Any]:
+    """What ran."""
+    return {
+        "executor": llm.executor_info.executor,
+        "async_scheduling": llm.config.scheduler.depth == 1,
+        "enable_prefix_caching": llm.config.cache.enable_prefix_caching,
+        "threads": llm.executor_info.threads,
+        "kernels": llm.executor_info.kernels,
+        "dtype": llm.config.model.dtype,
+        "quantization": llm.config.model.quantization,
+        "versions": versions(),
+    }
+
+
+def accounting(times: StepTimes) -> dict[str, Any]:
+    """Where the time went: shares of that in which there was work (see StepTimes)."""
+    return {
+        "steps": times.steps,
+        "executor_tax": round(times.executor_tax, 5),
+        "shares": {name: round(share, 5) for name, share in times.shares().items()},
+    }
+
+
+def spoken(accounting: dict[str, Any]) -> str:
+    """Of accounting(), for people."""
+    shares = ", ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in accounting["shares"].items())
+    return f"executor tax {accounting['executor_tax']:.2%} over {accounting['steps']} steps ({shares})"
+
+
 def publish(report: dict[str, Any], path: str | None) -> None:
-    """Prints one line of JSON; writes it to a file too where one is named."""
+    """Prints one line of JSON, and the accounting for people; writes the JSON to a file too where one is named."""
+    print(f"headway: {spoken(report)}", file=sys.stderr)
     print(json.dumps(report), flush=True)
     if path is not None:
         Path(path).write_text(json.dumps(report, indent=2) + "\n")

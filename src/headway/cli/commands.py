@@ -94,7 +94,6 @@ COMMANDS = (
         run="headway.bench.throughput:run",
         options=ThroughputOptions,
         skip=("seed",),
-        runner="generate",
     ),
     Command(
         words="bench latency",

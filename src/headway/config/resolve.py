@@ -71,6 +71,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, machine: MachineFacts, path: st
         parallel=parallel,
         device=device,
         ray=_ray(choices, parallel, device),
+        trace=args.trace,
         choices=choices.in_order(),
     )
 

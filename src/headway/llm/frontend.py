@@ -102,6 +102,11 @@ class Client:
         return self._frontend.core.config
 
     @property
+    def facts(self) -> ModelFacts:
+        """What the checkpoint says of itself."""
+        return self._frontend.facts
+
+    @property
     def executor_info(self) -> WorkerInfo:
         """Where the step runs and why, on how many ranks, with which threads, kernels, capacity and start-up times."""
         return self._frontend.core.info
