@@ -27,8 +27,16 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
     if dp > 1:
         raise ConfigError("data_parallel_size", dp, "must be 1: this version runs one replica")
     choices.note("data_parallel_size", dp, "one replica")
-    executor = _executor(choices, machine, tp * pp, weights)
-    return ParallelConfig(executor=executor, tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp)
+    for name in ("start_timeout_s", "step_timeout_s"):
+        choices.note(name, getattr(args, name), "a worker that hangs must not hang its callers")
+    return ParallelConfig(
+        executor=_executor(choices, machine, tp * pp, weights),
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        data_parallel_size=dp,
+        start_timeout_s=args.start_timeout_s,
+        step_timeout_s=args.step_timeout_s,
+    )
 
 
 def ranks_on_this_node(parallel: ParallelConfig, machine: MachineFacts, weights: int) -> int:

@@ -10,11 +10,16 @@ from headway.executor.port import Executor, WorkerInfo
 
 __all__ = ["Executor", "WorkerInfo", "make_executor"]
 
-_NAMES = {"uni": "headway.executor.uni:UniExecutor", "fake": "headway.executor.fake:FakeExecutor"}
+_NAMES = {
+    "uni": "headway.executor.uni:UniExecutor",
+    "mp": "headway.executor.mp:MpExecutor",
+    "external_launcher": "headway.executor.external:ExternalExecutor",
+    "fake": "headway.executor.fake:FakeExecutor",
+}
 
 
 def make_executor(config: EngineConfig) -> Executor:
-    """The executor that ``parallel.executor`` names: "uni", "fake" or an import path "module:Class"."""
+    """The executor that ``parallel.executor`` names: one of _NAMES or an import path "module:Class"."""
     name = config.parallel.executor
     module, _, attribute = _NAMES.get(name, name).partition(":")
     if not attribute:

@@ -1,0 +1,118 @@
+"""The channel between an engine and workers on other nodes: one TCP port, encrypted and authenticated (CURVE)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+from zmq.utils import z85
+
+from headway.executor.channel.wire import Address
+
+_BEAT_MS = 5_000
+_LINGER_MS = 1_000
+
+
+class Hub:
+    """The engine's side: a thread owns the sockets, queues what comes in, and rings."""
+
+    def __init__(self, host: str, ring: Callable[[], None]) -> None:
+        """host: this node's address as the workers see it. ring: called on that thread once something was queued."""
+        self._ring = ring
+        self._incoming: deque[tuple[int, bytes]] = deque()
+        self._outgoing: deque[tuple[int, bytes]] = deque()
+        self._closing = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._context = zmq.Context()
+        self._gate = self._context.socket(zmq.REP)
+        self._gate.bind("inproc://zeromq.zap.01")  # where ZeroMQ asks who may come in; must be there first
+        server_key, server_secret = zmq.curve_keypair()
+        public_key, secret_key = zmq.curve_keypair()
+        self._allowed = z85.decode(public_key)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, server_secret)
+        _common_options(self._socket)
+        port = self._socket.bind_to_random_port("tcp://*")
+        self.address = Address(f"tcp://{host}:{port}", server_key, public_key, secret_key)
+        self._thread = threading.Thread(target=self._run, name="headway-tcp", daemon=True)
+        self._thread.start()
+
+    def send(self, rank: int, message: bytes) -> None:
+        """Queues a message for a rank from which one has come in."""
+        self._outgoing.append((rank, message))
+        os.eventfd_write(self._wake, 1)
+
+    def receive(self) -> list[tuple[int, bytes]]:
+        """What has come in: rank and message."""
+        return [self._incoming.popleft() for _ in range(len(self._incoming))]
+
+    def close(self) -> None:
+        """What was queued is still sent, for a second at most."""
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        self._context.term()
+        os.close(self._wake)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        for source in (self._wake, self._gate, self._socket):
+            poller.register(source, zmq.POLLIN)
+        while not self._closing or self._outgoing:
+            ready = dict(poller.poll())
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if self._gate in ready:
+                self._answer_gate()
+            while self._outgoing:
+                rank, message = self._outgoing.popleft()
+                self._socket.send_multipart([str(rank).encode(), message])
+            if self._socket in ready:
+                rank, message = self._socket.recv_multipart()
+                self._incoming.append((int(rank), message))
+                self._ring()
+        self._socket.close()
+        self._gate.close()
+
+    def _answer_gate(self) -> None:
+        """ZAP (rfc.zeromq.org/spec/27): whether a client's key is the one we gave out."""
+        version, request, *_, mechanism, key = self._gate.recv_multipart()
+        status = b"200" if mechanism == b"CURVE" and key == self._allowed else b"400"
+        self._gate.send_multipart([version, request, status, b"", b"", b""])
+
+
+class RemoteEnd:
+    """The side of a worker on another node, used by one thread."""
+
+    def __init__(self, address: Address, rank: int) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.ROUTING_ID, str(rank).encode())
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, address.server_key)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, address.public_key)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, address.secret_key)
+        _common_options(self._socket)
+        self._socket.connect(address.endpoint)
+
+    def receive(self) -> bytes:
+        """The next message; waits for it."""
+        return self._socket.recv()
+
+    def send(self, message: bytes) -> None:
+        self._socket.send(message)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+def _common_options(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _BEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * _BEAT_MS)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)

@@ -1,0 +1,106 @@
+"""One worker process a rank, on the engine's node.
+
+A process gets its descriptors by inheritance and its ticket through a pipe, whose other end closes when the engine's
+process ends, however it ends; the kernel's parent-death signal does the same where the pipe was copied by a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+
+from headway.config import EngineConfig
+from headway.executor.launcher import Placement, Ticket
+from headway.executor.remote import RemoteExecutor
+
+
+class MpExecutor(RemoteExecutor):
+    """See ``headway.executor.port.Executor``."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, MpLauncher())
+
+
+class MpLauncher:
+    """See ``headway.executor.launcher.Launcher``. One thread starts the processes and waits for their ends: the kernel
+    sends the parent-death signal when the *thread* that started a process ends."""
+
+    name = "mp"
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[int] = []
+        self._thread: threading.Thread | None = None
+
+    def place(self) -> Placement:
+        return Placement()
+
+    def start(self, tickets: list[Ticket], died: Callable[[int, int], None]) -> None:
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(tickets, died, started), name="headway-mp", daemon=True)
+        self._thread.start()
+        started.result()
+
+    def close(self, timeout: float) -> None:
+        if self._thread is None:
+            return
+        self._thread.join(timeout)
+        for process in self._processes:
+            process.kill()
+        self._thread.join()
+
+    def _run(self, tickets: list[Ticket], died: Callable[[int, int], None], started: Future[None]) -> None:
+        try:
+            for ticket in tickets:
+                self._spawn(ticket)
+        except BaseException as error:
+            for process in self._processes:
+                process.kill()
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+        self._await_ends(died)
+        for pipe in self._pipes:
+            os.close(pipe)
+
+    def _spawn(self, ticket: Ticket) -> None:
+        read_end, write_end = os.pipe()
+        self._pipes.append(write_end)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "headway.executor.worker_process", str(read_end)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[read_end, *ticket.fds],
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C in a terminal is for the engine's process to act on
+            )
+        finally:
+            os.close(read_end)
+        self._processes.append(process)
+        data = ticket.encode()
+        with suppress(BrokenPipeError):  # it has died already, which is told like any other death
+            os.write(write_end, len(data).to_bytes(4, "little") + data)
+
+    def _await_ends(self, died: Callable[[int, int], None]) -> None:
+        poller = select.poll()
+        ranks: dict[int, int] = {}
+        for rank, process in enumerate(self._processes):
+            ranks[pidfd := os.pidfd_open(process.pid)] = rank
+            poller.register(pidfd, select.POLLIN)
+        while ranks:
+            for pidfd, _ in poller.poll():
+                poller.unregister(pidfd)
+                os.close(pidfd)
+                rank = ranks.pop(pidfd)
+                died(rank, self._processes[rank].wait())
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with its own search path for modules, and nothing from the current directory."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}

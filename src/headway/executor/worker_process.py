@@ -1,0 +1,169 @@
+"""A process that is one rank of an engine: ``run(ticket)``; as a program, what the mp executor starts."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from typing import Protocol
+
+from headway.config import EngineConfig
+from headway.errors import FieldError
+from headway.executor.channel import wire
+from headway.executor.channel.shared import WorkerEnd
+from headway.executor.launcher import Ticket
+from headway.messages import StepPlan
+
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+
+
+class Link(Protocol):
+    """A worker's way to its engine."""
+
+    def receive(self) -> bytes:
+        """The next message; waits for it."""
+        ...
+
+    def send(self, message: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Closed(BaseException):
+    """The engine ended while a step waited for its masks."""
+
+
+class _Inbox:
+    """The engine's messages in order, with masks, which may come later than what follows their plan, put aside."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._waiting: deque[wire.ToWorker] = deque()
+        self._masks: dict[int, dict[int, bytes]] = {}
+
+    def next(self) -> wire.ToWorker:
+        while True:
+            message = self._waiting.popleft() if self._waiting else wire.decode_to_worker(self._link.receive())
+            if not isinstance(message, wire.Masks):
+                return message
+            self._masks[message.step] = message.masks
+
+    def masks(self, step: int) -> dict[int, bytes]:
+        """The masks of a step; waits for them."""
+        while step not in self._masks:
+            message = wire.decode_to_worker(self._link.receive())
+            if isinstance(message, wire.Close):
+                raise _Closed
+            if isinstance(message, wire.Masks):
+                self._masks[message.step] = message.masks
+            else:
+                self._waiting.append(message)
+        return self._masks[step]
+
+    def done(self, step: int) -> None:
+        """Masks up to that step are of no more use (some ranks do not sample, and never ask for theirs)."""
+        if self._masks:
+            self._masks = {s: masks for s, masks in self._masks.items() if s > step}
+
+
+def connect(ticket: Ticket) -> Link:
+    if ticket.address is not None:
+        from headway.executor.channel.tcp import RemoteEnd
+
+        return RemoteEnd(ticket.address, ticket.rank)
+    assert ticket.memory is not None and ticket.layout is not None
+    link = WorkerEnd(ticket.memory, ticket.layout, ticket.rank)
+    os.close(ticket.memory)
+    return link
+
+
+def run(ticket: Ticket) -> int:
+    """Serves the engine until it ends, or until loading or a step fails. The exit status for the process."""
+    link = connect(ticket)
+    try:
+        return _serve(link, ticket)
+    finally:
+        link.close()
+
+
+def _serve(link: Link, ticket: Ticket) -> int:
+    from headway.worker import Worker
+
+    reports = _reports(ticket.config, ticket.rank)
+    worker = Worker(ticket.config, ticket.rank, ticket.group)
+    inbox = _Inbox(link)
+    try:
+        link.send(wire.encode(wire.Ready(worker.load())))
+        while not isinstance(message := inbox.next(), wire.Close):
+            if isinstance(message, StepPlan):
+                result = worker.step(message, inbox.masks)
+                inbox.done(message.step)
+                if reports:
+                    link.send(wire.encode(result))
+            elif isinstance(message, wire.Call):
+                link.send(_answer(worker, message))
+        return 0
+    except _Closed:
+        return 0
+    except Exception as error:
+        link.send(wire.encode(_failure(error)))
+        return 1
+    finally:
+        worker.close()
+
+
+def _reports(config: EngineConfig, rank: int) -> bool:
+    """Whether this rank sends the results: the first one of the last pipeline stage."""
+    tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    return rank == tensor * (pipeline - 1)
+
+
+def _answer(worker: object, call: wire.Call) -> bytes:
+    try:
+        return wire.encode(wire.CallResult(call.id, getattr(worker, call.method)(*call.args)))
+    except Exception as error:
+        return wire.encode(_failure(error, call.id))
+
+
+def _failure(error: Exception, call: int | None = None) -> wire.Failure:
+    field = None
+    if isinstance(error, FieldError):
+        value = error.value if isinstance(error.value, (str, int, float)) else repr(error.value)
+        field = (error.field, value, error.accepted)
+    return wire.Failure(type(error).__name__, str(error), traceback.format_exc(), call, field)
+
+
+def main() -> None:
+    """The program: its argument is the descriptor of a pipe with the ticket, which closes when the engine ends."""
+    pipe = int(sys.argv[1])
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    data = _read(pipe, int.from_bytes(_read(pipe, 4), "little"))
+    threading.Thread(target=_await_end, args=(pipe,), name="headway-parent", daemon=True).start()
+    ticket = Ticket.decode(data)
+    libc.prctl(_PR_SET_NAME, f"headway-rank{ticket.rank}".encode())
+    sys.exit(run(ticket))
+
+
+def _read(pipe: int, size: int) -> bytes:
+    """Raises EOFError where the engine's process ended before."""
+    data = b""
+    while len(data) < size:
+        if not (more := os.read(pipe, size - len(data))):
+            raise EOFError("the engine has ended")
+        data += more
+    return data
+
+
+def _await_end(pipe: int) -> None:
+    while os.read(pipe, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
