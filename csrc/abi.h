@@ -40,11 +40,15 @@ struct Runs {
   int64_t table_stride;
 };
 
-enum OpCode : int32_t { OP_EMBED = 0, OP_NORM = 1, OP_LINEAR = 2, OP_ROTARY_KV = 3, OP_ATTENTION = 4, OP_HEAD = 5, OP_GATHER = 6 };
+enum OpCode : int32_t {
+  OP_EMBED = 0, OP_NORM = 1, OP_LINEAR = 2, OP_ROTARY_KV = 3, OP_ATTENTION = 4, OP_HEAD = 5, OP_GATHER = 6,
+  OP_ALL_REDUCE = 7  // X = or += (mode: LIN_SET, LIN_ADD) the sum of the ranks' PARTs
+};
 // X and SAMPLED_X are float32, the others in the compute dtype. After a gather, the rows that want a token go on alone in
-// the SAMPLED buffers.
+// the SAMPLED buffers. PART is float32: what this rank adds to the residual stream, in memory that the ranks share.
 enum Buffer : int32_t {
-  BUF_X = 0, BUF_H = 1, BUF_QKV = 2, BUF_ATTN = 3, BUF_ACT = 4, BUF_SAMPLED_X = 5, BUF_SAMPLED_ATTN = 6, BUF_COUNT = 7
+  BUF_X = 0, BUF_H = 1, BUF_QKV = 2, BUF_ATTN = 3, BUF_ACT = 4, BUF_SAMPLED_X = 5, BUF_SAMPLED_ATTN = 6, BUF_PART = 7,
+  BUF_COUNT = 8
 };
 enum LinearMode : int32_t { LIN_STORE = 0, LIN_ADD = 1, LIN_GATED = 2, LIN_SET = 3 };  // ADD and SET write float32 X
 enum NormKind : int32_t { NORM_NONE = 0, NORM_RMS = 1, NORM_LAYER = 2 };
@@ -60,6 +64,7 @@ struct Op {
   const float* bias;       // NORM; ROTARY_KV: k_norm
   int64_t width;           // NORM, EMBED: elements in a row
   int64_t position_offset;
+  int64_t first, count;    // EMBED: the tokens that this rank has rows of; those of others are zeros
   float eps, pad2;
 };
 
@@ -77,6 +82,16 @@ struct Batch {
   const uint64_t* seed;
 };
 
+// The tensor parallel ranks of a stage, in memory that they share (csrc/collective.h).
+struct Group {
+  char* memory;
+  int64_t first_part, part_bytes;
+  const int32_t* pidfd;  // [size] of their processes, or -1
+  int32_t rank, size;
+  uint32_t exchanges;    // done so far
+  int32_t lost;          // a rank that has ended, or -1: nothing more can be computed
+};
+
 struct Program {
   const Op* ops;
   int64_t num_ops;
@@ -88,11 +103,13 @@ struct Program {
   int32_t dtype, threads;
   void* buffers[BUF_COUNT];
   int64_t strides[BUF_COUNT];  // elements a row
-  float* logits;               // [max rows, vocab stride]
+  float* logits;               // [max rows, vocab stride], whole rows
   int64_t logits_stride, vocab;
   int64_t max_tokens, max_rows;
   int32_t* scratch;            // int32 [scratch_size(max_tokens, max_runs)]
   int64_t max_runs;
+  Group* group;        // null: one rank
+  const int64_t* vocab_start;  // [ranks + 1] each rank's first column of the head; null: one rank
 };
 
 // One step. rows: indices into runs that produce logits; want[i]: 0 argmax, 1 sample, 2 float32 logits in

@@ -3,9 +3,11 @@
 // keep one set's code for all. (std::atomic is no exception: its members become single instructions.)
 #include <linux/futex.h>
 #include <omp.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -26,9 +28,11 @@ namespace ISA {
 #include "rows.h"
 #include "attention.h"
 #include "sample.h"
+#include "collective.h"
 #include "step.h"
 #include "operations.h"
 
-extern const Kernels kernels = {ISA_NAME, run_step, op_linear, op_norm, op_rows, op_write_kv, op_attention, pack};
+extern const Kernels kernels = {ISA_NAME, run_step, op_linear, op_norm, op_rows, op_write_kv, op_attention, pack,
+                                op_all_reduce};
 }  // namespace ISA
 }  // namespace headway

@@ -14,5 +14,6 @@ struct Kernels {
   void (*attention)(const KvLayout*, int64_t, const Runs*, int64_t, const void*, int64_t, void*, int64_t, float, int64_t,
                     int32_t);
   void (*pack)(Linear*, const void*, int32_t, int64_t, float*, int32_t*, int32_t);
+  int (*all_reduce)(Group*, float*, int64_t, int32_t);
 };
 }  // namespace headway

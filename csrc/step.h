@@ -37,16 +37,18 @@ INLINE void plan_step(const Program& p, const Batch& b, const Step& s, StepPlan&
 }
 
 template <class D>
-void embed_rows(Team& team, const Program& p, const Op& op, const StepPlan& plan) {
-  float* x = (float*)p.buffers[BUF_X];
+void embed_rows(Team& team, const Program& p, const Op& op, const StepPlan& plan, float* x) {
   typedef typename D::Element E;
   team.each(plan.num_tokens, 8, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++) {
       float* to = x + t * p.strides[BUF_X];
-      if (op.linear) {
-        packed_row<D>(*op.linear, plan.tokens[t], to);
+      const int64_t row = plan.tokens[t] - op.first;
+      if ((op.linear || op.table) && (row < 0 || row >= op.count)) {
+        memset(to, 0, op.width * sizeof(float));
+      } else if (op.linear) {
+        packed_row<D>(*op.linear, row, to);
       } else if (op.table) {
-        const E* from = (const E*)op.table + plan.tokens[t] * op.width;
+        const E* from = (const E*)op.table + row * op.width;
         for (int64_t i = 0; i < op.width; i++) to[i] = D::get(from[i]);
       }
       if (!op.positions) continue;
@@ -109,56 +111,133 @@ void rotary_kv(Team& team, const Program& p, const Batch& b, const Step& s, cons
   });
 }
 
+// X from every rank's PART.
+INLINE void all_reduce(Team& team, const Program& p, const Op& op, int64_t rows, uint32_t exchange) {
+  publish(*p.group, exchange);
+  wait_for_ranks(*p.group, exchange);
+  const int64_t grain = rows / (4 * team.threads);
+  team.each(rows, grain > 1 ? grain : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      reduce_row(*p.group, exchange, i * p.strides[BUF_PART], op.width, op.mode == LIN_ADD,
+                 (float*)p.buffers[op.dst] + i * p.strides[op.dst]);
+  });
+}
+
+// What the head leaves in a part: the best column of each row, then the logits of this rank's columns.
+INLINE Best* best_part(const Program& p, uint32_t exchange, int64_t rank) {
+  return (Best*)part(*p.group, exchange, rank);
+}
+INLINE float* logits_part(const Program& p, uint32_t exchange, int64_t rank) {
+  return (float*)(part(*p.group, exchange, rank) + (p.max_rows * sizeof(Best) + 63) / 64 * 64);
+}
+
 template <class D>
-void head_rows(Team& team, const Program& p, const Op& op, const Step& s, Best* best) {
-  HeadOut out{p.logits, p.logits_stride, p.vocab, s.want, best + team.thread * s.rows};
+void head_rows(Team& team, const Program& p, const Op& op, const Step& s, Best* best, uint32_t exchange) {
+  float* logits = p.group ? logits_part(p, exchange, p.group->rank) : p.logits;
+  HeadOut out{logits, p.logits_stride, op.linear->n, s.want, best + team.thread * s.rows};
   gemm<D>(team, p.buffers[op.src], p.strides[op.src], s.rows, *op.linear, out);
 }
 
-INLINE void choose_rows(Team& team, const Program& p, const Batch& b, const Step& s, const Best* best) {
+INLINE Best better(const Best& a, const Best& b) {
+  return b.value > a.value || (b.value == a.value && b.column < a.column) ? b : a;
+}
+// Of a row, over the threads.
+INLINE Best best_here(const Team& team, const Step& s, const Best* best, int64_t row) {
+  Best winner = best[row];
+  for (int t = 1; t < team.threads; t++) winner = better(winner, best[t * s.rows + row]);
+  return winner;
+}
+INLINE int32_t token_of(const Best& best) {
+  return best.column == INT32_MAX ? 0 : best.column;  // a model that yields nothing but NaN
+}
+INLINE int32_t sample(const Program& p, const Batch& b, const Step& s, int64_t row) {
   static thread_local SampleScratch scratch;
+  const int64_t slot = s.run_slots[s.row_runs[row]];
+  const float u = uniform(b.seed[slot], (uint64_t)(b.length[slot] - b.prompt_len[slot]));
+  const Sampling how{b.temperature[slot], b.top_p[slot], b.min_p[slot], b.top_k[slot]};
+  return sample_row(p.logits + row * p.logits_stride, p.vocab, how, u, scratch);
+}
+
+INLINE void choose_rows(Team& team, const Program& p, const Batch& b, const Step& s, const Best* best) {
   team.each(s.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
-      if (s.want[i] == 0) {
-        Best winner = best[i];
-        for (int t = 1; t < team.threads; t++) {
-          const Best& other = best[t * s.rows + i];
-          if (other.value > winner.value || (other.value == winner.value && other.column < winner.column)) winner = other;
-        }
-        s.token[i] = winner.column == INT32_MAX ? 0 : winner.column;  // a model that yields nothing but NaN
-      } else if (s.want[i] == 1) {
-        const int64_t slot = s.run_slots[s.row_runs[i]];
-        const float u = uniform(b.seed[slot], (uint64_t)(b.length[slot] - b.prompt_len[slot]));
-        const Sampling how{b.temperature[slot], b.top_p[slot], b.min_p[slot], b.top_k[slot]};
-        s.token[i] = sample_row(p.logits + i * p.logits_stride, p.vocab, how, u, scratch);
-      }
+      if (s.want[i] == 0) s.token[i] = token_of(best_here(team, s, best, i));
+      if (s.want[i] == 1) s.token[i] = sample(p, b, s, i);
     }
   });
+  team.sync();
+}
+
+// The same where each rank has some columns. Rows to sample are dealt out and their tokens exchanged; rows that want
+// logits come together on every rank. Returns the exchange after its own.
+INLINE uint32_t choose_rows_together(Team& team, const Program& p, const Batch& b, const Step& s, const Best* best,
+                                     uint32_t exchange) {
+  Group& g = *p.group;
+  team.each(s.rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      Best& mine = best_part(p, exchange, g.rank)[i];
+      mine = best_here(team, s, best, i);
+      if (mine.column != INT32_MAX) mine.column += (int32_t)p.vocab_start[g.rank];
+    }
+  });
+  team.sync();
+  publish(g, exchange);
+  wait_for_ranks(g, exchange);
+  bool samples = false;
+  for (int64_t i = 0; i < s.rows; i++) samples |= s.want[i] == 1;
+  team.each(s.rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      Best winner = best_part(p, exchange, 0)[i];
+      for (int64_t rank = 1; rank < g.size; rank++) winner = better(winner, best_part(p, exchange, rank)[i]);
+      if (s.want[i] == 0) s.token[i] = token_of(winner);
+      if (s.want[i] == 0 || (s.want[i] == 1 && i % g.size != g.rank)) continue;
+      for (int64_t rank = 0; rank < g.size; rank++)
+        memcpy(p.logits + i * p.logits_stride + p.vocab_start[rank], logits_part(p, exchange, rank) + i * p.logits_stride,
+               (p.vocab_start[rank + 1] - p.vocab_start[rank]) * sizeof(float));
+      if (s.want[i] == 1) ((int32_t*)part(g, exchange + 1, g.rank))[i] = sample(p, b, s, i);
+    }
+  });
+  team.sync();
+  if (!samples) return exchange + 1;
+  publish(g, exchange + 1);
+  wait_for_ranks(g, exchange + 1);
+  team.each(s.rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++)
+      if (s.want[i] == 1) s.token[i] = ((const int32_t*)part(g, exchange + 1, i % g.size))[i];
+  });
+  team.sync();
+  return exchange + 2;
 }
 
 template <class D>
 void walk(Team team, const Program& p, const Batch& b, const Step& s, const StepPlan& plan, const Runs& runs, Best* best) {
+  uint32_t exchange = p.group ? p.group->exchanges + 1 : 0;  // the next one
+  auto target = [&](const Op& op) {
+    return op.dst == BUF_PART ? (void*)part(*p.group, exchange, p.group->rank) : p.buffers[op.dst];
+  };
   for (int64_t i = 0; i < p.num_ops; i++) {
     const Op& op = p.ops[i];
     const int64_t rows = op.flags & SAMPLED ? s.rows : plan.num_tokens;
     switch (op.code) {
-      case OP_EMBED: embed_rows<D>(team, p, op, plan); break;
+      case OP_EMBED: embed_rows<D>(team, p, op, plan, (float*)target(op)); break;
       case OP_NORM: norm_rows<D>(team, p, op, rows); break;
       case OP_GATHER: gather_rows(team, p, op, plan, s.rows); break;
       case OP_LINEAR:
-        linear<D>(team, p.buffers[op.src], p.strides[op.src], rows, *op.linear, op.mode, op.act, p.buffers[op.dst],
-                  p.strides[op.dst]);
+        linear<D>(team, p.buffers[op.src], p.strides[op.src], rows, *op.linear, op.mode, op.act, target(op), p.strides[op.dst]);
         break;
       case OP_ROTARY_KV: rotary_kv<D>(team, p, b, s, op, plan); break;
       case OP_ATTENTION:
         attention<D>(team, p.kv, op.layer, runs, plan.tasks, plan.num_tasks, p.num_heads, p.buffers[BUF_QKV],
                      p.strides[BUF_QKV], p.buffers[BUF_ATTN], p.strides[BUF_ATTN], p.attention_scale, p.window);
         break;
-      case OP_HEAD: head_rows<D>(team, p, op, s, best); break;
+      case OP_HEAD: head_rows<D>(team, p, op, s, best, exchange); break;
+      case OP_ALL_REDUCE: all_reduce(team, p, op, rows, exchange++); break;
     }
     team.sync();
   }
-  choose_rows(team, p, b, s, best);
+  if (!p.group) return choose_rows(team, p, b, s, best);
+  exchange = choose_rows_together(team, p, b, s, best, exchange);
+  if (team.thread == 0) p.group->exchanges = exchange - 1;
 }
 
 INLINE void advance_batch(const Batch& b, const Step& s) {
@@ -177,10 +256,11 @@ static int run_step(const Program* program, const Batch* batch, const Step* step
   plan.num_tasks = plan_attention(runs, p.num_heads / p.kv.kv_heads, plan.tasks);
   Array<Best> best(step->rows * p.threads);
   for (int64_t i = 0; i < step->rows * p.threads; i++) best[i] = {-__builtin_inff(), INT32_MAX};
-  region(p.threads, p.num_ops + 1, [&](Team team) {
+  region(p.threads, p.num_ops + 3, [&](Team team) {
     if (p.dtype == BF16) walk<Bf16Words>(team, p, *batch, *step, plan, runs, best.data());
     else walk<F32Words>(team, p, *batch, *step, plan, runs, best.data());
   });
+  if (p.group && p.group->lost >= 0) return 1 + p.group->lost;
   if (step->advance) advance_batch(*batch, *step);
   return 0;
 }

@@ -61,10 +61,10 @@ class WorkerError(EngineError):
 
 
 class WorkerDied(EngineError):
-    """A worker process ended; ``status`` is its exit code, or minus the signal's number."""
+    """A worker process ended; ``status`` is its exit code, or minus the signal's number (None: another rank saw it)."""
 
-    def __init__(self, rank: int, status: int) -> None:
-        super().__init__(f"rank {rank} ended with status {status}")
+    def __init__(self, rank: int, status: int | None = None) -> None:
+        super().__init__(f"rank {rank} ended" + (f" with status {status}" if status is not None else ""))
         self.rank, self.status = rank, status
 
 

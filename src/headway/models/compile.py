@@ -18,7 +18,8 @@ def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int,
     """The step of every family of DecoderSpec, or a pipeline stage of it. max_tokens, max_runs: the most it holds."""
     spec = model.spec
     if model.embed is not None:
-        builder.embed(model.embed.weight if isinstance(model.embed, EmbeddingTable) else model.embed)
+        embedding = model.embed.weight if isinstance(model.embed, EmbeddingTable) else model.embed
+        builder.embed(embedding, model.shard.width(spec.vocab_size))
     if model.project_in is not None:
         builder.norm(NormKind.NONE, model.project_in.in_features)
         builder.linear(Buffer.H, Buffer.X, model.project_in, LinearMode.SET)
@@ -69,7 +70,7 @@ def _head(model: Decoder, builder: ProgramBuilder, head: PackedLinear) -> None:
     if model.project_out is not None:
         head_from = Buffer.ATTN
         builder.linear(Buffer.H, head_from, model.project_out, LinearMode.STORE)
-    builder.head(head_from, head)
+    builder.head(head_from, head, model.shard.bounds(spec.vocab_size))
 
 
 def _norm(builder: ProgramBuilder, norm: Norm, width: int, *, keep: bool = False) -> None:

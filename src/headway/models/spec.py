@@ -119,10 +119,13 @@ class Shard:
 
     def width(self, total: int) -> range:
         """This tensor rank's part of an intermediate width or a vocabulary: whole vectors where they are enough."""
+        bounds = self.bounds(total)
+        return range(bounds[self.tensor_rank], bounds[self.tensor_rank + 1])
+
+    def bounds(self, total: int) -> list[int]:
+        """Where each tensor rank's part begins, and ``total``."""
         unit = 16 if total >= 16 * self.tensor_size else 1
-        units = total // unit
-        start, stop = (units * rank // self.tensor_size * unit for rank in (self.tensor_rank, self.tensor_rank + 1))
-        return range(start, total if self.tensor_rank == self.tensor_size - 1 else stop)
+        return [total // unit * rank // self.tensor_size * unit for rank in range(self.tensor_size)] + [total]
 
     def kv_heads(self, num_kv_heads: int) -> range:
         """The key/value heads of this tensor rank; where ranks are more than heads, several hold the same one."""

@@ -124,6 +124,9 @@ class Ops(Protocol):
         """Bidirectional attention inside each of R packed sequences; no cache."""
         ...
 
-    def program_builder(self, kv: KVCache) -> ProgramBuilder | None:
-        """A builder that compiles a whole step over this cache into one native call, or None where there is none."""
+    def program_builder(self, kv: KVCache, comm: object = None) -> ProgramBuilder | None:
+        """A builder that compiles a whole step over this cache into one native call, or None where there is none.
+
+        comm: the Comm of several tensor parallel ranks.
+        """
         ...

@@ -25,7 +25,10 @@ class Buffer(IntEnum):
 
 
 class LinearMode(IntEnum):
-    """STORE: dst = activation(src @ W.T + b). GATED: the weight is gate and up. ADD and SET: into float32 X."""
+    """STORE: dst = activation(src @ W.T + b). GATED: the weight is gate and up. ADD and SET: into float32 X.
+
+    What is added is the sum of the tensor parallel ranks' products, where there are several.
+    """
 
     STORE = 0
     ADD = 1
@@ -44,8 +47,11 @@ class NormKind(IntEnum):
 class ProgramBuilder(Protocol):
     """Takes the operations of a step in order; widths are in elements."""
 
-    def embed(self, source: PackedLinear | Tensor) -> None:
-        """Rows of a tied head, or of a table [vocab, width] in the compute dtype, to X."""
+    def embed(self, source: PackedLinear | Tensor, tokens: range) -> None:
+        """Rows of a tied head, or of a table [vocab, width] in the compute dtype, to X.
+
+        tokens: those that the source has rows of.
+        """
         ...
 
     def add_positions(self, positions: Tensor, offset: int) -> None:
@@ -81,8 +87,8 @@ class ProgramBuilder(Protocol):
         """From here on X and ATTN hold only the rows that want a token: nothing else of the last layer is needed."""
         ...
 
-    def head(self, src: Buffer, weight: PackedLinear) -> None:
-        """Logits of the sampled rows, and their tokens."""
+    def head(self, src: Buffer, weight: PackedLinear, first_columns: list[int]) -> None:
+        """Logits of the sampled rows, and their tokens. first_columns: of each rank, and the size of the vocabulary."""
         ...
 
     def finish(

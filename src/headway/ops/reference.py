@@ -156,7 +156,7 @@ class ReferenceOps:
             out[rows] = _grouped_attention(q_THD[rows], k_THD[rows], v_THD[rows], None, scale)
         return out
 
-    def program_builder(self, kv: object) -> None:
+    def program_builder(self, kv: object, comm: object = None) -> None:
         return None
 
 

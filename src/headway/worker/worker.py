@@ -16,13 +16,16 @@ from headway.models.registry import load_model
 from headway.models.spec import Shard
 from headway.ops import get_ops
 from headway.worker.batch import Batch
+from headway.worker.group import open_comm
 from headway.worker.runner import DecoderRunner, EncoderRunner, Masks, Runner
 
 if TYPE_CHECKING:
     from headway.config.settings import EngineConfig
     from headway.messages import RankGroup
     from headway.models.port import CausalModel, EncoderModel
+    from headway.ops.cpu.comm import SharedComm
     from headway.ops.port import KVCache, Ops
+    from headway.worker.group import GlooComm
     from headway.worker.program import Program
 
 
@@ -33,6 +36,7 @@ class Worker:
         """group: how it reaches the other ranks, where there are any."""
         self._config, self._rank, self._group = config, rank, group
         self._runner: Runner | None = None
+        self._comm: SharedComm | GlooComm | None = None
 
     def load(self) -> WorkerInfo:
         """Loads and packs the weights, reserves the KV cache, runs one token. Raises what load_model raises."""
@@ -40,7 +44,8 @@ class Worker:
         torch.set_num_threads(config.device.threads)
         began = time.perf_counter()
         ops = get_ops(config.device.ops, threads=config.device.threads, isa=config.device.isa)
-        model = load_model(config.model, ops, self._shard())
+        self._comm = open_comm(config, self._rank, self._group)
+        model = load_model(config.model, ops, self._shard(), self._comm)
         loaded = time.perf_counter()
         kv: KVCache | None = None
         program: Program | None = None
@@ -73,8 +78,11 @@ class Worker:
         return result
 
     def close(self) -> None:
-        """Lets go of the model and the cache."""
+        """Lets go of the model, the cache and the other ranks."""
         self._runner = None
+        if self._comm is not None:
+            self._comm.close()
+            self._comm = None
 
     def _shard(self) -> Shard:
         parallel = self._config.parallel
@@ -92,7 +100,7 @@ class Worker:
 
     def _compile(self, model: CausalModel, ops: Ops, kv: KVCache) -> Program | None:
         """The model's step as one native call, where the kernels and the architecture have one."""
-        builder = None if self._config.device.enforce_eager else ops.program_builder(kv)
+        builder = None if self._config.device.enforce_eager else ops.program_builder(kv, self._comm)
         if builder is None or not isinstance(model, Decoder) or model.head is None:
             return None
         from headway.models.compile import compile_decoder

@@ -11,8 +11,8 @@ from pathlib import Path
 
 F32, BF16, INT8, F16 = 0, 1, 2, 3
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-OP_EMBED, OP_NORM, OP_LINEAR, OP_ROTARY_KV, OP_ATTENTION, OP_HEAD, OP_GATHER = range(7)
-SAMPLED_X, SAMPLED_ATTN, BUFFERS = 5, 6, 7
+OP_EMBED, OP_NORM, OP_LINEAR, OP_ROTARY_KV, OP_ATTENTION, OP_HEAD, OP_GATHER, OP_ALL_REDUCE = range(8)
+SAMPLED_X, SAMPLED_ATTN, PART, BUFFERS = 5, 6, 7, 8
 SAMPLED, NORM_KEEP = 1, 2
 
 _i32, _i64, _f32, _ptr = C.c_int32, C.c_int64, C.c_float, C.c_void_p
@@ -43,7 +43,7 @@ class Op(C.Structure):
     _fields_ = [
         ("code", _i32), ("src", _i32), ("dst", _i32), ("mode", _i32), ("act", _i32), ("flags", _i32), ("layer", _i32),
         ("pad", _i32), ("linear", _ptr), ("table", _ptr), ("positions", _ptr), ("weight", _ptr), ("bias", _ptr),
-        ("width", _i64), ("position_offset", _i64), ("eps", _f32), ("pad2", _f32),
+        ("width", _i64), ("position_offset", _i64), ("first", _i64), ("count", _i64), ("eps", _f32), ("pad2", _f32),
     ]  # fmt: skip
 
 
@@ -55,12 +55,23 @@ class Batch(C.Structure):
     ]  # fmt: skip
 
 
+SIGNAL_BYTES, PID_OFFSET, CLOSED_OFFSET = 128, 12, 8  # csrc/collective.h, Signal
+
+
+class Group(C.Structure):
+    _fields_ = [
+        ("memory", _ptr), ("first_part", _i64), ("part_bytes", _i64), ("pidfd", _ptr), ("rank", _i32), ("size", _i32),
+        ("exchanges", C.c_uint32), ("lost", _i32),
+    ]  # fmt: skip
+
+
 class Program(C.Structure):
     _fields_ = [
         ("ops", C.POINTER(Op)), ("num_ops", _i64), ("kv", KvLayout), ("num_heads", _i64), ("rotary_dim", _i64),
         ("cos_sin", _ptr), ("attention_scale", _f32), ("window", _i32), ("dtype", _i32), ("threads", _i32),
         ("buffers", _ptr * BUFFERS), ("strides", _i64 * BUFFERS), ("logits", _ptr), ("logits_stride", _i64),
         ("vocab", _i64), ("max_tokens", _i64), ("max_rows", _i64), ("scratch", _ptr), ("max_runs", _i64),
+        ("group", _ptr), ("vocab_start", _ptr),
     ]  # fmt: skip
 
 
@@ -84,6 +95,7 @@ class Kernels(C.Structure):
         ("write_kv", C.CFUNCTYPE(None, _P(KvLayout), _i64, _ptr, _ptr, _i64, _i64, _ptr, _i64)),
         ("attention", C.CFUNCTYPE(None, _P(KvLayout), _i64, _P(Runs), _i64, _ptr, _i64, _ptr, _i64, _f32, _i64, _i32)),
         ("pack", C.CFUNCTYPE(None, _P(Linear), _ptr, _i32, _i64, _ptr, _ptr, _i32)),
+        ("all_reduce", C.CFUNCTYPE(C.c_int, _P(Group), _ptr, _i64, _i32)),
     ]
 
 

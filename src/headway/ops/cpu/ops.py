@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headway.errors import ConfigError
 from headway.ops.cpu import abi
+from headway.ops.cpu.comm import SharedComm
 from headway.ops.cpu.linear import CODE, CpuLinear
 from headway.ops.cpu.memory import Arena, huge_memory
 from headway.ops.cpu.program import CpuProgramBuilder
@@ -143,8 +144,10 @@ class CpuOps(ReferenceOps):
         )  # fmt: skip
         return out
 
-    def program_builder(self, kv: object) -> CpuProgramBuilder | None:
-        return CpuProgramBuilder(self.kernels, self.threads, self._arena, kv) if isinstance(kv, CpuKVCache) else None
+    def program_builder(self, kv: object, comm: object = None) -> CpuProgramBuilder | None:
+        if not isinstance(kv, CpuKVCache) or not isinstance(comm, SharedComm | None):
+            return None
+        return CpuProgramBuilder(self.kernels, self.threads, self._arena, kv, comm)
 
 
 def supports_paged(block_size: int, head_dim: int, dtype: torch.dtype) -> bool:

@@ -20,6 +20,7 @@ from headway.ops.cpu.memory import Arena
 from headway.ops.program import Buffer, LinearMode, NormKind
 
 if TYPE_CHECKING:
+    from headway.ops.cpu.comm import SharedComm
     from headway.ops.cpu.ops import CpuKVCache
     from headway.ops.port import Activation
 
@@ -29,21 +30,25 @@ ARGMAX, SAMPLE, LOGITS = 0, 1, 2  # what a row wants (csrc/abi.h, Step)
 class CpuProgramBuilder:
     """Collects operations (see headway.ops.program); ``finish`` allocates the buffers."""
 
-    def __init__(self, kernels: abi.Kernels, threads: int, arena: Arena, kv: CpuKVCache) -> None:
-        self._kernels, self._threads, self._arena, self._kv = kernels, threads, arena, kv
+    def __init__(
+        self, kernels: abi.Kernels, threads: int, arena: Arena, kv: CpuKVCache, comm: SharedComm | None
+    ) -> None:
+        self._kernels, self._threads, self._arena, self._kv, self._comm = kernels, threads, arena, kv, comm
         self._ops: list[abi.Op] = []
         self._keep: list[object] = []
         self._widths = [0] * abi.BUFFERS
-        self._vocab = 0
+        self._vocab_start = torch.zeros(1, dtype=torch.int64)  # without a head
         self._sampled: dict[int, int] = {}  # where a buffer's rows went that want a token
 
-    def embed(self, source: CpuLinear | Tensor) -> None:
+    def embed(self, source: CpuLinear | Tensor, tokens: range) -> None:
         tied = isinstance(source, CpuLinear)
         width = source.in_features if tied else source.shape[1]
-        op = self._op(abi.OP_EMBED, dst=Buffer.X, width=width)
+        dst = abi.PART if self._comm else Buffer.X
+        op = self._op(abi.OP_EMBED, dst=dst, width=width, first=tokens.start, count=len(tokens))
         op.linear = self._linear(source) if tied else None
         op.table = None if tied else self._tensor(source)
         self._widen(Buffer.X, width)
+        self._all_reduce(LinearMode.SET, width)
 
     def add_positions(self, positions: Tensor, offset: int) -> None:
         op = self._op(abi.OP_EMBED, dst=Buffer.X, width=positions.shape[1], position_offset=offset)
@@ -68,9 +73,13 @@ class CpuProgramBuilder:
     def linear(
         self, src: Buffer, dst: Buffer, weight: CpuLinear, mode: LinearMode, activation: Activation | None = None
     ) -> None:
-        op = self._op(abi.OP_LINEAR, src=src, dst=dst, mode=mode, act=abi.ACTIVATIONS[activation])
+        shared = mode == LinearMode.ADD and self._comm is not None
+        to, how = (abi.PART, LinearMode.SET) if shared else (dst, mode)
+        op = self._op(abi.OP_LINEAR, src=src, dst=to, mode=how, act=abi.ACTIVATIONS[activation])
         op.linear = self._linear(weight)
         self._widen(dst, weight.struct.panels * (16 if weight.gated else 32))
+        if shared:
+            self._all_reduce(LinearMode.ADD, weight.out_features)
 
     def rotary_kv(self, layer: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:
         op = self._op(abi.OP_ROTARY_KV, layer=layer, eps=eps)
@@ -84,9 +93,9 @@ class CpuProgramBuilder:
             self._op(abi.OP_GATHER, src=buffer, dst=sampled)
         self._sampled = {Buffer.X: abi.SAMPLED_X, Buffer.ATTN: abi.SAMPLED_ATTN}
 
-    def head(self, src: Buffer, weight: CpuLinear) -> None:
+    def head(self, src: Buffer, weight: CpuLinear, first_columns: list[int]) -> None:
         self._op(abi.OP_HEAD, src=src).linear = self._linear(weight)
-        self._vocab = weight.out_features
+        self._vocab_start = torch.tensor(first_columns)
 
     def finish(
         self,
@@ -102,16 +111,21 @@ class CpuProgramBuilder:
         self._widen(Buffer.ATTN, num_heads * self._kv.layout.head_dim)
         for buffer, sampled in self._sampled.items():
             self._widths[sampled] = self._widths[buffer]
+        self._widths[abi.PART] = self._widths[Buffer.X]
         self._keep.append(self._kv)
         for op in self._ops:
             if op.code == abi.OP_GATHER:
                 op.width = self._widths[op.src]
         ops = (abi.Op * len(self._ops))(*self._ops)
-        wide = (Buffer.X, abi.SAMPLED_X)
+        wide = (Buffer.X, abi.SAMPLED_X, abi.PART)
         types = [torch.float32 if i in wide else dtype for i in range(abi.BUFFERS)]
         strides = [_stride(w, t.itemsize) for w, t in zip(self._widths, types, strict=True)]
-        buffers = [self._arena.take(max_tokens * s, t) for s, t in zip(strides, types, strict=True)]
-        logits = torch.empty(max_runs, -(-self._vocab // 32) * 32)
+        buffers = [self._arena.take(max_tokens * s, t) for s, t in zip(strides[: abi.PART], types, strict=False)]
+        vocab = int(self._vocab_start[-1])
+        logits = torch.empty(max_runs, -(-vocab // 32) * 32)
+        if self._comm is not None:
+            best = -(-max_runs * 8 // 64) * 64
+            self._comm.reserve(max(max_tokens * strides[abi.PART] * 4, best + logits.nbytes))
         scratch = torch.zeros(8 * (max_tokens + max_runs) + 64, dtype=torch.int32)
         program = abi.Program(
             ops=ops,
@@ -124,18 +138,24 @@ class CpuProgramBuilder:
             window=window or 0,
             dtype=CODE[dtype],
             threads=self._threads,
-            buffers=(ctypes.c_void_p * abi.BUFFERS)(*(b.data_ptr() for b in buffers)),
+            buffers=(ctypes.c_void_p * abi.BUFFERS)(*(b.data_ptr() for b in buffers), None),
             strides=(ctypes.c_int64 * abi.BUFFERS)(*strides),
             logits=logits.data_ptr(),
             logits_stride=logits.shape[1],
-            vocab=self._vocab,
+            vocab=vocab,
             max_tokens=max_tokens,
             max_rows=max_runs,
             scratch=scratch.data_ptr(),
             max_runs=max_runs,
+            group=None if self._comm is None else ctypes.addressof(self._comm.struct),
+            vocab_start=self._tensor(self._vocab_start),
         )
         self._keep += [ops, scratch, *buffers]
-        return CpuProgram(self._kernels, program, logits, self._keep)
+        return CpuProgram(self._kernels, program, logits, self._keep, self._comm)
+
+    def _all_reduce(self, mode: LinearMode, width: int) -> None:
+        if self._comm is not None:
+            self._op(abi.OP_ALL_REDUCE, dst=Buffer.X, mode=mode, width=width)
 
     def _op(self, code: int, *, src: int = 0, dst: int = 0, **fields: Any) -> abi.Op:
         sampled = self._sampled if code != abi.OP_GATHER else {}
@@ -168,8 +188,9 @@ class CpuProgram:
         struct: abi.Program,
         logits: Tensor,
         keep: list[object],
+        comm: SharedComm | None,
     ) -> None:
-        self._step, self._struct, self._keep = kernels.step, struct, [logits, *keep]
+        self._step, self._struct, self._keep, self._comm = kernels.step, struct, [logits, *keep], comm
         self._logits: NDArray[np.float32] = logits.numpy()
         self._token = np.zeros(len(self._logits), np.int32)
         x = (ctypes.c_float * (struct.max_tokens * struct.strides[Buffer.X])).from_address(struct.buffers[Buffer.X])
@@ -208,7 +229,9 @@ class CpuProgram:
         return self._arrays[-1]
 
     def _call(self) -> None:
-        self._step(ctypes.byref(self._struct), ctypes.byref(self._batch), ctypes.byref(self._last))
+        lost = self._step(ctypes.byref(self._struct), ctypes.byref(self._batch), ctypes.byref(self._last))
+        if lost and self._comm is not None:
+            raise self._comm.lost()
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """float32 [vocab] of a row that wanted LOGITS, valid until the next run."""

@@ -1,0 +1,90 @@
+"""Tensor parallel ranks of one node, which reach each other through shared memory (csrc/collective.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headway.errors import EngineError, WorkerDied
+from headway.ops.cpu import abi
+
+START_TIMEOUT_S = 300.0
+REGION_BITS = 40  # the memory is sparse: only pages that were written exist
+MEMORY_BYTES = 1 << 46
+_PART_BYTES = 4 << 20
+
+
+class SharedComm:
+    """A Comm, and what programs exchange their partial results through; ``struct`` is what C++ reads."""
+
+    def __init__(
+        self, kernels: abi.Kernels, threads: int, memory: int, *, region: int, rank: int, size: int, first_rank: int
+    ) -> None:
+        """memory: a memfd that the ranks share, of which this group uses one region. first_rank: the engine's name of
+        rank 0. Waits for the other ranks, and raises EngineError when they do not come or WorkerDied when they end.
+        """
+        self._kernels, self._threads, self._memory, self._region = kernels, threads, memory, region
+        self._first_rank = first_rank
+        os.ftruncate(memory, MEMORY_BYTES)
+        self._pidfd = np.full(size, -1, np.int32)
+        first_part = -(-size * abi.SIGNAL_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.struct = abi.Group(
+            first_part=first_part, pidfd=self._pidfd.ctypes.data, rank=rank, size=size, lost=-1, part_bytes=_PART_BYTES
+        )
+        self._map()
+        self._meet()
+
+    def all_reduce(self, x: Tensor) -> None:
+        assert x.dtype == torch.float32 and x.is_contiguous()
+        if self._kernels.all_reduce(ctypes.byref(self.struct), x.data_ptr(), x.numel(), self._threads):
+            raise self.lost()
+
+    def reserve(self, part_bytes: int) -> None:
+        """Room for what a step exchanges at once; equal on all ranks, and before anything was exchanged."""
+        assert self.struct.exchanges == 0
+        self.struct.part_bytes = -(-max(part_bytes, _PART_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._map()
+
+    def lost(self) -> WorkerDied:
+        """The error of an exchange that another rank did not live to see."""
+        return WorkerDied(self._first_rank + self.struct.lost)
+
+    def close(self) -> None:
+        """Ranks that still wait for this one raise."""
+        struct.pack_into("<I", self._mapping, self._signal(self.struct.rank) + abi.CLOSED_OFFSET, 1)
+        for descriptor in self._pidfd[self._pidfd >= 0].tolist():
+            os.close(descriptor)
+        self._pidfd[:] = -1
+
+    def _map(self) -> None:
+        length = self.struct.first_part + 2 * self.struct.size * self.struct.part_bytes
+        self._mapping = mmap.mmap(self._memory, length, mmap.MAP_SHARED, offset=self._region << REGION_BITS)
+        self.struct.memory = np.frombuffer(self._mapping, np.uint8).ctypes.data
+
+    def _meet(self) -> None:
+        rank = self.struct.rank
+        struct.pack_into("<i", self._mapping, self._signal(rank) + abi.PID_OFFSET, os.getpid())
+        deadline = time.monotonic() + START_TIMEOUT_S
+        for other in range(self.struct.size):
+            while not (pid := struct.unpack_from("<i", self._mapping, self._signal(other) + abi.PID_OFFSET)[0]):
+                if time.monotonic() > deadline:
+                    raise EngineError(f"rank {self._first_rank + other} did not start within {START_TIMEOUT_S:.0f} s")
+                time.sleep(0.002)
+            if other != rank:
+                self._pidfd[other] = self._watch(pid, other)
+
+    def _watch(self, pid: int, rank: int) -> int:
+        try:
+            return os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise WorkerDied(self._first_rank + rank) from None
+
+    def _signal(self, rank: int) -> int:
+        return rank * abi.SIGNAL_BYTES

@@ -1,0 +1,129 @@
+"""Opens what a RankGroup describes: how a worker's tensor parallel ranks add up their partial results."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+import uuid
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from headway.errors import EngineError
+from headway.ops.cpu.abi import find_kernels
+from headway.ops.cpu.comm import MEMORY_BYTES, REGION_BITS, START_TIMEOUT_S, SharedComm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headway.config.settings import EngineConfig
+    from headway.messages import RankGroup
+
+GLOO_TIMEOUT_S = 600.0  # for a peer whose node is gone; a process that ends is seen at once
+
+
+class GlooComm:
+    """A Comm over sockets: for ranks on several nodes, or without the compiled kernels."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=GLOO_TIMEOUT_S))
+
+    def all_reduce(self, x: Tensor) -> None:
+        assert x.dtype == torch.float32
+        try:
+            self._group.allreduce([x]).wait()
+        except RuntimeError as error:
+            raise EngineError(f"another tensor parallel rank is gone: {error}") from error
+
+    def close(self) -> None:
+        self._group.shutdown()
+
+
+def open_comm(config: EngineConfig, rank: int, group: RankGroup | None) -> SharedComm | GlooComm | None:
+    """The Comm of this rank's tensor parallel group; None for a group of one.
+
+    Waits for the other ranks: raises EngineError when they do not come, WorkerDied when they end.
+    """
+    size = config.parallel.tensor_parallel_size
+    if size == 1:
+        return None
+    assert group is not None, "ranks need to be told how they reach each other"
+    stage, tensor_rank = divmod(rank, size)
+    kernels = find_kernels(config.device.isa) if config.device.ops == "cpu" else None
+    store, memory = None, group.memory
+    if memory is None:
+        store = _open_store(group, stage)
+        memory = _share_memory(store, tensor_rank, size, willing=kernels is not None)
+    if memory is not None and kernels is not None:
+        return SharedComm(
+            kernels, config.device.threads, memory, region=stage, rank=tensor_rank, size=size, first_rank=stage * size
+        )
+    return GlooComm(store or _store_on_this_node(group.memory, stage, tensor_rank, size), tensor_rank, size)
+
+
+def _open_store(group: RankGroup, stage: int) -> dist.Store:
+    """Keys of one stage of one replica."""
+    assert group.store is not None, "neither shared memory nor a store"
+    if group.store == "env://":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        world_rank = int(os.environ["RANK"])
+        serves = world_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        prefix = f"headway/{world_rank // group.size}/{stage}"
+    else:
+        host, _, text = group.store.rpartition(":")
+        port, serves, prefix = int(text), group.rank == 0, f"headway/{stage}"
+    return dist.PrefixStore(prefix, _tcp_store(host, port, serves=serves))
+
+
+def _tcp_store(host: str, port: int, *, serves: bool) -> dist.TCPStore:
+    try:
+        timeout = timedelta(seconds=START_TIMEOUT_S)
+        return dist.TCPStore(host, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        raise EngineError(f"the ranks' store at {host}:{port} does not answer: {error}") from error
+
+
+def _share_memory(store: dist.Store, rank: int, size: int, *, willing: bool) -> int | None:
+    """A memfd of rank 0 opened on every rank, or None where one of them cannot: it is on another node, say."""
+    memory = None
+    if rank == 0:
+        name = f"headway-{uuid.uuid4().hex}"
+        memory = os.memfd_create(name) if willing else None
+        store.set("memory", f"{os.getpid()} {memory} {name}")
+    elif willing:
+        memory = _open_memory(*store.get("memory").decode().split())
+    store.set(f"has/{rank}", str(memory is not None))
+    if all(store.get(f"has/{other}") == b"True" for other in range(size)):
+        return memory
+    if memory is not None:
+        os.close(memory)
+    return None
+
+
+def _open_memory(pid: str, descriptor: str, name: str) -> int | None:
+    path = f"/proc/{pid}/fd/{descriptor}"
+    try:
+        return os.open(path, os.O_RDWR) if name in os.readlink(path) else None
+    except OSError:  # no such process here, or not ours
+        return None
+
+
+def _store_on_this_node(memory: int | None, stage: int, rank: int, size: int) -> dist.Store:
+    """Rank 0 serves on a port of its own and leaves the number in the shared memory."""
+    assert memory is not None
+    os.ftruncate(memory, MEMORY_BYTES)
+    with mmap.mmap(memory, mmap.PAGESIZE, mmap.MAP_SHARED, offset=stage << REGION_BITS) as page:
+        if rank == 0:
+            store = _tcp_store("127.0.0.1", 0, serves=True)
+            struct.pack_into("<i", page, 0, store.port)
+            return store
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (port := struct.unpack_from("<i", page)[0]):
+            if time.monotonic() > deadline:
+                raise EngineError(f"rank {stage * size} did not start within {START_TIMEOUT_S:.0f} s")
+            time.sleep(0.002)
+    return _tcp_store("127.0.0.1", port, serves=False)
