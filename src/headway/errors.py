@@ -61,7 +61,7 @@ class WorkerError(EngineError):
 
 
 class WorkerDied(EngineError):
-    """A worker process ended; ``status`` is its exit code, or minus the signal's number (None: another rank saw it)."""
+    """A worker process ended; ``status`` is its exit code, minus the signal's number, or None (not known)."""
 
     def __init__(self, rank: int, status: int | None = None) -> None:
         super().__init__(f"rank {rank} ended" + (f" with status {status}" if status is not None else ""))

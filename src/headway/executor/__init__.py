@@ -14,6 +14,7 @@ _NAMES = {
     "uni": "headway.executor.uni:UniExecutor",
     "mp": "headway.executor.mp:MpExecutor",
     "external_launcher": "headway.executor.external:ExternalExecutor",
+    "ray": "headway.executor.ray:RayExecutor",
     "fake": "headway.executor.fake:FakeExecutor",
 }
 

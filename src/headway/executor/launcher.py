@@ -74,7 +74,7 @@ class Launcher(Protocol):
         """Called first. May wait for resources, up to its own time limit; raises headway's errors."""
         ...
 
-    def start(self, tickets: list[Ticket], died: Callable[[int, int], None]) -> None:
+    def start(self, tickets: list[Ticket], died: Callable[[int, int | None], None]) -> None:
         """Starts rank r with tickets[r]. The descriptors in the tickets stay open until this returns.
 
         died(rank, status), status as in WorkerDied, is called from any thread, once a rank, as soon as its process has

@@ -74,7 +74,7 @@ class Mail:
         self._steps: dict[int, StepFuture] = {}
         self._calls: dict[int, _Reply] = {}
         self._ids = itertools.count()
-        self._dead: dict[int, int] = {}
+        self._dead: dict[int, int | None] = {}
         self._lock = threading.RLock()
         self._bell, self._bell_lock = end.engine_bell(1), threading.Lock()
 
@@ -87,7 +87,7 @@ class Mail:
         with self._bell_lock:
             self._bell.ring()
 
-    def died(self, rank: int, status: int) -> None:
+    def died(self, rank: int, status: int | None) -> None:
         """A worker's process has ended. Never blocks."""
         self._dead[rank] = status
         self.ring()

@@ -41,7 +41,7 @@ class MpLauncher:
     def place(self) -> Placement:
         return Placement()
 
-    def start(self, tickets: list[Ticket], died: Callable[[int, int], None]) -> None:
+    def start(self, tickets: list[Ticket], died: Callable[[int, int | None], None]) -> None:
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(tickets, died, started), name="headway-mp", daemon=True)
         self._thread.start()
@@ -55,7 +55,7 @@ class MpLauncher:
             process.kill()
         self._thread.join()
 
-    def _run(self, tickets: list[Ticket], died: Callable[[int, int], None], started: Future[None]) -> None:
+    def _run(self, tickets: list[Ticket], died: Callable[[int, int | None], None], started: Future[None]) -> None:
         try:
             for ticket in tickets:
                 self._spawn(ticket)
@@ -87,7 +87,7 @@ class MpLauncher:
         with suppress(BrokenPipeError):  # it has died already, which is told like any other death
             os.write(write_end, len(data).to_bytes(4, "little") + data)
 
-    def _await_ends(self, died: Callable[[int, int], None]) -> None:
+    def _await_ends(self, died: Callable[[int, int | None], None]) -> None:
         poller = select.poll()
         ranks: dict[int, int] = {}
         for rank, process in enumerate(self._processes):
