@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from headway.config import EngineConfig
 from headway.errors import EngineDead, EngineError, HeadwayError, WorkerError
 from headway.executor.port import WorkerInfo
-from headway.messages import StepPlan, StepResult
+from headway.messages import RankGroup, StepPlan, StepResult
 
 Masks = dict[int, bytes]
 
@@ -61,16 +61,16 @@ class _Mailbox:
         return item[1]
 
 
-def _local_worker(config: EngineConfig) -> UniWorker:
+def local_worker(config: EngineConfig, rank: int = 0, group: RankGroup | None = None) -> UniWorker:
     from headway.worker import Worker
 
-    return Worker(config)
+    return Worker(config, rank, group)
 
 
 class UniExecutor:
     """See ``headway.executor.port.Executor``. make_worker runs on the worker's thread."""
 
-    def __init__(self, config: EngineConfig, make_worker: Callable[[EngineConfig], UniWorker] = _local_worker) -> None:
+    def __init__(self, config: EngineConfig, make_worker: Callable[[EngineConfig], UniWorker] = local_worker) -> None:
         self._config = config
         self._make_worker = make_worker
         self._box = _Mailbox()
@@ -79,6 +79,14 @@ class UniExecutor:
 
     def start(self) -> WorkerInfo:
         """Errors of headway's own propagate as they are, others as WorkerError."""
+        try:
+            return self.begin().result()
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self) -> Future[WorkerInfo]:
+        """The first half of start(): the worker loads."""
         assert self._thread is None, "start() runs once"
         if self._box.closing:
             raise EngineDead("the executor was closed")
@@ -88,11 +96,7 @@ class UniExecutor:
         self._thread.start()
         # Also runs at interpreter exit, so that no daemon thread is inside a kernel while modules go away.
         self._finalizer = weakref.finalize(self, _shut_down, self._box, self._thread, 5.0)
-        try:
-            return started.result()
-        except BaseException:
-            self.close()
-            raise
+        return started
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         return self._put("step", (plan, self._box.wait_masks))
