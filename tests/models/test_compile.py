@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.models.checkpoints import PAGED
 
 from headway.config.settings import ModelConfig
 from headway.models.compile import compile_decoder
@@ -16,19 +17,6 @@ from headway.worker.batch import Batch
 
 pytestmark = pytest.mark.skipif(abi.library() is None, reason="the kernels were not built on this machine")
 
-SIXTEEN = {"head_dim": 16}
-FAMILIES = {
-    "llama": SIXTEEN,
-    "llama-tied-biased": SIXTEEN,
-    "llama-rope-llama3": SIXTEEN,
-    "mistral": SIXTEEN,
-    "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1},
-    "qwen2-window": {"num_attention_heads": 3, "num_key_value_heads": 1},
-    "qwen3": SIXTEEN,
-    "opt": {"num_attention_heads": 3},
-    "opt-350m": {"num_attention_heads": 3},
-    "gpt2": {"n_head": 3},
-}
 BLOCK = 16
 
 
@@ -54,9 +42,9 @@ class ProgramRun:
 
 
 @pytest.mark.parametrize("isa", [s for s in ("avx512bf16", "avx2") if abi.library() and abi.find_kernels(s)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", PAGED)
 def test_program_equals_the_reference(name, isa, checkpoint, load, paged, prompts):
-    _, path = checkpoint(name, **FAMILIES[name])
+    _, path = checkpoint(name, **PAGED[name])
     reference = load(path)
     config = ModelConfig(path=str(path), served_model_name="m", dtype="float32")
     run = ProgramRun(load_model(config, get_ops("cpu", threads=2, isa=isa)), prompts)
