@@ -12,6 +12,8 @@ from headway.executor.channel.shared import Layout
 from headway.executor.channel.wire import Address
 from headway.messages import RankGroup
 
+WORKER = "headway.worker:Worker"
+
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
     """Where the ranks go.
@@ -28,12 +30,14 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """What makes a process rank ``rank``; crosses as MessagePack (``encode``, ``Ticket.decode``).
 
-    memory: the channel's file descriptor, with its layout, on the engine's node; address: the engine's elsewhere.
-    Descriptors (memory, group.memory) are numbers of the engine's process until ``with_fds`` replaces them.
+    worker: its class, as module:Class. memory: the channel's file descriptor, with its layout, on the engine's node;
+    address: the engine's, elsewhere. Descriptors (memory, group.memory) are numbers of the engine's process until
+    ``with_fds`` replaces them.
     """
 
     rank: int
     config: EngineConfig
+    worker: str = WORKER
     group: RankGroup | None = None
     memory: int | None = None
     layout: Layout | None = None

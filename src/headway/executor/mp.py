@@ -16,15 +16,15 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from headway.config import EngineConfig
-from headway.executor.launcher import Placement, Ticket
+from headway.executor.launcher import WORKER, Placement, Ticket
 from headway.executor.remote import RemoteExecutor
 
 
 class MpExecutor(RemoteExecutor):
     """See ``headway.executor.port.Executor``."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config, MpLauncher())
+    def __init__(self, config: EngineConfig, worker: str = WORKER) -> None:
+        super().__init__(config, MpLauncher(), worker)
 
 
 class MpLauncher:

@@ -13,13 +13,13 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import msgspec
+from msgspec.structs import replace as replace_fields
 
 from headway.config import EngineConfig
 from headway.errors import EngineDead, EngineError
 from headway.executor.channel import wire
 from headway.executor.channel.shared import EngineEnd, Layout
-from headway.executor.launcher import Launcher, Placement, Ticket
+from headway.executor.launcher import WORKER, Launcher, Placement, Ticket
 from headway.executor.mail import Mail
 from headway.messages import RankGroup, StepPlan, StepResult, WorkerInfo
 
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 class RemoteExecutor:
     """See ``headway.executor.port.Executor``. An executor that is dropped without close() ends its workers too."""
 
-    def __init__(self, config: EngineConfig, launcher: Launcher) -> None:
-        self._config, self._launcher = config, launcher
+    def __init__(self, config: EngineConfig, launcher: Launcher, worker: str = WORKER) -> None:
+        """worker: the class that each process makes its rank of, as module:Class."""
+        self._config, self._launcher, self._worker = config, launcher, worker
         parallel = config.parallel
         self._size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         self._mail: Mail | None = None
@@ -115,13 +116,13 @@ class RemoteExecutor:
         return self._merged([mail.infos[r] for r in ranks])
 
     def _ticket(self, rank: int, end: EngineEnd, group: RankGroup | None, placement: Placement) -> Ticket:
-        config = replace(self._config, choices=())  # for people
+        ticket = Ticket(rank=rank, config=replace(self._config, choices=()), worker=self._worker)
         if group is not None:
-            group = msgspec.structs.replace(group, rank=rank)
+            ticket = replace_fields(ticket, group=replace_fields(group, rank=rank))
         if rank not in placement.remote:
-            return Ticket(rank=rank, config=config, group=group, memory=end.fd, layout=end.layout)
+            return replace_fields(ticket, memory=end.fd, layout=end.layout)
         assert self._hub is not None
-        return Ticket(rank=rank, config=config, group=group, address=self._hub.address)
+        return replace_fields(ticket, address=self._hub.address)
 
     def _group(self, placement: Placement) -> RankGroup | None:
         """Rank 0's; the others differ in the rank only."""
@@ -132,11 +133,12 @@ class RemoteExecutor:
 
     def _merged(self, infos: list[WorkerInfo]) -> WorkerInfo:
         """One info for all ranks: the fewest blocks, all bytes, the slowest start."""
-        return msgspec.structs.replace(
+        return replace_fields(
             infos[0],
             num_blocks=min(i.num_blocks for i in infos),
             weights_bytes=sum(i.weights_bytes for i in infos),
             kv_bytes=sum(i.kv_bytes for i in infos),
+            pids=[pid for i in infos for pid in i.pids],
             startup_s={phase: max(i.startup_s.get(phase, 0.0) for i in infos) for phase in infos[0].startup_s},
         )
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections import deque
+from importlib import import_module
 from typing import Protocol
 
 from headway.config import EngineConfig
@@ -91,12 +92,12 @@ def run(ticket: Ticket) -> int:
 
 
 def _serve(link: Link, ticket: Ticket) -> int:
-    from headway.worker import Worker
-
     reports = _reports(ticket.config, ticket.rank)
-    worker = Worker(ticket.config, ticket.rank, ticket.group)
     inbox = _Inbox(link)
+    worker = None
     try:
+        module, _, name = ticket.worker.partition(":")
+        worker = getattr(import_module(module), name)(ticket.config, ticket.rank, ticket.group)
         link.send(wire.encode(wire.Ready(worker.load())))
         while not isinstance(message := inbox.next(), wire.Close):
             if isinstance(message, StepPlan):
@@ -113,7 +114,8 @@ def _serve(link: Link, ticket: Ticket) -> int:
         link.send(wire.encode(_failure(error)))
         return 1
     finally:
-        worker.close()
+        if worker is not None:
+            worker.close()
 
 
 def _reports(config: EngineConfig, rank: int) -> bool:

@@ -23,7 +23,7 @@ from headway.executor.channel.ring import RingReader, RingWriter, Unframer, fram
 _HEADER, _ENGINE_BELL, _WORKERS_BELL = 4096, 0, 64
 _PLANS = 4 << 20
 _RESULTS = 2 << 20
-_MOST = 60 << 20  # for all rings of results
+_MOST = 59 << 20  # for all rings of results
 
 
 class Layout(msgspec.Struct, frozen=True, array_like=True):
