@@ -38,8 +38,9 @@ class StepPlan(msgspec.Struct, array_like=True, tag=True, kw_only=True):
     """What changed since the last plan; applied in the order releases, starts, blocks, runs.
 
     releases: slots to forget. blocks: flat (slot, block id) pairs to append to block tables.
-    runs: int32 bytes, flat (slot, number of tokens) pairs in batch order; None runs the same slots as the last plan
-    (of a pipeline: as the plan that lies as many steps back as there are stages), one token each. masked_slots: slots whose sampling waits for a token mask sent with Executor.mask(step, ...).
+    runs: int32 bytes, flat (slot, number of tokens) pairs in batch order; None runs the same slots as the last plan, in
+    a pipeline as the plan so many steps back as there are stages, one token each. masked_slots: slots whose sampling
+    waits for a token mask sent with Executor.mask(step, ...).
     """
 
     step: int

@@ -34,6 +34,10 @@ class Runs:
     def __len__(self) -> int:
         return len(self.slots)
 
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.sum())
+
 
 class Batch:
     """State of ``num_slots`` slots.

@@ -30,7 +30,7 @@ class GlooComm:
     """A Comm over sockets: for ranks on several nodes, or without the compiled kernels."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=GLOO_TIMEOUT_S))
+        self._group = open_gloo(store, rank, size)
 
     def all_reduce(self, x: Tensor) -> None:
         assert x.dtype == torch.float32
@@ -41,6 +41,11 @@ class GlooComm:
 
     def close(self) -> None:
         self._group.shutdown()
+
+
+def open_gloo(store: dist.Store, rank: int, size: int) -> Any:
+    """A torch.distributed.ProcessGroupGloo."""
+    return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=GLOO_TIMEOUT_S))
 
 
 def open_comm(config: EngineConfig, rank: int, group: RankGroup | None) -> SharedComm | GlooComm | None:
@@ -56,8 +61,8 @@ def open_comm(config: EngineConfig, rank: int, group: RankGroup | None) -> Share
     kernels = find_kernels(config.device.isa) if config.device.ops == "cpu" else None
     store, memory = None, group.memory
     if memory is None:
-        store = _open_store(group, stage)
-        memory = _share_memory(store, tensor_rank, size, willing=kernels is not None)
+        store = open_store(group, stage)
+        memory = share_memory(store, tensor_rank, size, willing=kernels is not None)
     if memory is not None and kernels is not None:
         return SharedComm(
             kernels, config.device.threads, memory, region=stage, rank=tensor_rank, size=size, first_rank=stage * size
@@ -65,17 +70,17 @@ def open_comm(config: EngineConfig, rank: int, group: RankGroup | None) -> Share
     return GlooComm(store or _store_on_this_node(group.memory, stage, tensor_rank, size), tensor_rank, size)
 
 
-def _open_store(group: RankGroup, stage: int) -> dist.Store:
-    """Keys of one stage of one replica."""
+def open_store(group: RankGroup, part: int | str) -> dist.Store:
+    """Keys of one stage of one replica, or of something else that some of its ranks share."""
     assert group.store is not None, "neither shared memory nor a store"
     if group.store == "env://":
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         world_rank = int(os.environ["RANK"])
         serves = world_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        prefix = f"headway/{world_rank // group.size}/{stage}"
+        prefix = f"headway/{world_rank // group.size}/{part}"
     else:
         host, _, text = group.store.rpartition(":")
-        port, serves, prefix = int(text), group.rank == 0, f"headway/{stage}"
+        port, serves, prefix = int(text), group.rank == 0, f"headway/{part}"
     return dist.PrefixStore(prefix, _tcp_store(host, port, serves=serves))
 
 
@@ -87,7 +92,7 @@ def _tcp_store(host: str, port: int, *, serves: bool) -> dist.TCPStore:
         raise EngineError(f"the ranks' store at {host}:{port} does not answer: {error}") from error
 
 
-def _share_memory(store: dist.Store, rank: int, size: int, *, willing: bool) -> int | None:
+def share_memory(store: dist.Store, rank: int, size: int, *, willing: bool) -> int | None:
     """A memfd of rank 0 opened on every rank, or None where one of them cannot: it is on another node, say."""
     memory = None
     if rank == 0:

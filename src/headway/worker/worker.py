@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from headway.ops.cpu.comm import SharedComm
     from headway.ops.port import KVCache, Ops
     from headway.worker.group import GlooComm
+    from headway.worker.link import Links
     from headway.worker.program import Program
 
 
@@ -37,6 +38,7 @@ class Worker:
         self._config, self._rank, self._group = config, rank, group
         self._runner: Runner | None = None
         self._comm: SharedComm | GlooComm | None = None
+        self._links: Links | None = None
 
     def load(self) -> WorkerInfo:
         """Loads and packs the weights, reserves the KV cache, runs one token. Raises what load_model raises."""
@@ -57,8 +59,7 @@ class Worker:
             kv = model.allocate_kv(config.cache.num_blocks, config.cache.block_size)
             program = self._compile(model, ops, kv)
             vocab_size = model.vocab_size
-            batch = self._batch(vocab_size)
-            self._runner = DecoderRunner(model, kv, batch, config.scheduler.max_num_batched_tokens, program)
+            self._runner = self._decoder_runner(model, kv, program)
         prepared = time.perf_counter()
         self._warm_up()
         phases = {"load": loaded - began, "prepare": prepared - loaded, "warm-up": time.perf_counter() - prepared}
@@ -68,7 +69,7 @@ class Worker:
         """Executes one plan; masks(step) is called after the forward pass where the plan has masked slots.
 
         times_ns: "prepare" (the batch and inputs), "model" (forward pass, logits), "sample" (tokens, pooling, reports);
-        "start" and "end" of the step on this machine's monotonic clock.
+        "wait" (for other pipeline stages); "start" and "end" of the step on this machine's monotonic clock.
         """
         assert self._runner is not None, "load() comes first"
         start = time.perf_counter_ns()
@@ -83,6 +84,9 @@ class Worker:
         if self._comm is not None:
             self._comm.close()
             self._comm = None
+        if self._links is not None:
+            self._links.close()
+            self._links = None
 
     def _shard(self) -> Shard:
         parallel = self._config.parallel
@@ -96,12 +100,29 @@ class Worker:
 
     def _batch(self, vocab_size: int) -> Batch:
         config = self._config
-        return Batch(config.scheduler.max_num_seqs, config.model.max_model_len, config.cache.block_size, vocab_size)
+        stages = config.parallel.pipeline_parallel_size
+        return Batch(
+            config.scheduler.max_num_seqs, config.model.max_model_len, config.cache.block_size, vocab_size, stages
+        )
+
+    def _decoder_runner(self, model: CausalModel, kv: KVCache, program: Program | None) -> Runner:
+        batch, most = self._batch(model.vocab_size), self._config.scheduler.max_num_batched_tokens
+        stages = self._config.parallel.pipeline_parallel_size
+        if stages == 1:
+            return DecoderRunner(model, kv, batch, most, program)
+        from headway.worker.link import open_links
+        from headway.worker.stage import StageRunner
+
+        assert isinstance(model, Decoder) and self._group is not None
+        self._links = open_links(self._config, self._rank, self._group, model.spec.hidden_size)
+        if model.shard.last:
+            return DecoderRunner(model, kv, batch, most, program, self._links)
+        return StageRunner(model, kv, batch, self._links, most, stages, program)
 
     def _compile(self, model: CausalModel, ops: Ops, kv: KVCache) -> Program | None:
         """The model's step as one native call, where the kernels and the architecture have one."""
         builder = None if self._config.device.enforce_eager else ops.program_builder(kv, self._comm)
-        if builder is None or not isinstance(model, Decoder) or model.head is None:
+        if builder is None or not isinstance(model, Decoder) or (model.head is None and model.shard.last):
             return None
         from headway.models.compile import compile_decoder
 

@@ -1,36 +1,11 @@
-"""Waiting and waking across processes without polling: futex words in shared memory (Linux)."""
+"""Waiting and waking across processes without polling."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import platform
 
-_SYS_FUTEX = {"x86_64": 202, "ppc64le": 221, "s390x": 238}.get(platform.machine(), 98)  # 98: arm64 and later ports
-_WAIT, _WAKE, _EVERYBODY = 0, 1, 2**31 - 1
-
-_syscall = ctypes.CDLL(None).syscall  # ctypes lets go of the GIL meanwhile
-_syscall.argtypes = [
-    ctypes.c_long,
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_uint32,
-    ctypes.c_void_p,
-    ctypes.c_void_p,
-    ctypes.c_uint32,
-]
-
-
-_nothing = ctypes.c_uint32()
-
-
-def fence() -> None:
-    """Reads and writes before it stay before those after it: the kernel begins a wake-up with a full barrier."""
-    _syscall(_SYS_FUTEX, ctypes.addressof(_nothing), _WAKE, 1, None, None, 0)
-
-
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+from headway import futex
 
 
 class Bell:
@@ -56,12 +31,8 @@ class Bell:
         """What was written before is seen by whoever is woken. One thread at a time."""
         self._count = (self._count + 1) & 0x3FFFFF
         self._word.value = self._count << 10 | self._ringer
-        _syscall(_SYS_FUTEX, self._address, _WAKE, _EVERYBODY, None, None, 0)
+        futex.wake(self._address)
 
     def wait(self, value: int, timeout: float | None = None) -> None:
         """Returns after a ring since ``value`` was read, after timeout seconds, or after a signal; also for nothing."""
-        limit = None
-        if timeout is not None:
-            seconds, rest = divmod(max(0.0, timeout), 1.0)
-            limit = ctypes.byref(_Timespec(int(seconds), int(rest * 1e9)))
-        _syscall(_SYS_FUTEX, self._address, _WAIT, value, limit, None, 0)
+        futex.wait(self._address, value, timeout)

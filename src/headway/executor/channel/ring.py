@@ -9,13 +9,10 @@ counts.
 
 from __future__ import annotations
 
-import platform
-
 from headway.errors import EngineError
-from headway.executor.channel.futex import fence
+from headway.futex import fence
 
 _LINE = 64  # bytes that processors pass to each other at a time
-_ORDERED = platform.machine() in ("x86_64", "AMD64")
 MAX_MESSAGE = 1 << 31
 
 
@@ -42,8 +39,7 @@ class RingWriter:
         self._bytes[begin : begin + first] = data[:first]
         if size > first:
             self._bytes[: size - first] = data[first:size]
-        if not _ORDERED:
-            fence()
+        fence()
         self._head += size
         self._counts[0] = self._head
         return size
@@ -81,14 +77,12 @@ class RingReader:
             return b"", False
         if not 0 < size <= self._capacity:
             raise EngineError(f"the counts of a ring of {self._capacity} bytes make no sense: {size} bytes in it")
-        if not _ORDERED:
-            fence()
+        fence()
         begin = self._tail % self._capacity
         data = bytes(self._bytes[begin : begin + size])
         if len(data) < size:
             data += self._bytes[: size - len(data)]
-        if not _ORDERED:
-            fence()
+        fence()
         quarter = max(1, self._capacity // 4)
         before, self._tail = self._tail, self._tail + size
         self._counts[self._tail_word] = self._tail

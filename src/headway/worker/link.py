@@ -1,0 +1,181 @@
+"""How the stages of a pipeline reach each other: rows go on from stage to stage, tokens from the last to the first.
+
+Each tensor parallel rank talks to its counterparts. A link goes one way and holds a few messages, so that a sender
+need not wait for a receiver that is still busy with the one before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from headway import futex
+from headway.errors import EngineError
+from headway.ops.cpu.comm import MEMORY_BYTES, REGION_BITS
+from headway.worker.group import open_gloo, open_store, share_memory
+
+if TYPE_CHECKING:
+    from headway.config.settings import EngineConfig
+    from headway.messages import RankGroup
+
+Array = NDArray[Any]
+
+_LINE = 128  # bytes that do not share a cache line with others, nor the line fetched with it
+_LINK_BITS = 33
+
+
+class Link(Protocol):
+    """One way, from one rank to one other."""
+
+    def send(self, array: Array) -> None:
+        """Copies it. Waits while the link is full."""
+        ...
+
+    def recv(self, into: Array) -> None:
+        """Waits for the next message, of the same shape and type."""
+        ...
+
+    def close(self) -> None:
+        """A peer that waits raises EngineError."""
+        ...
+
+
+class SharedLink:
+    """Slots in shared memory that take turns: small messages stay in the cache, large ones are copied once a side.
+
+        word 0: messages sent | word 32: messages received | word 64: closed | ... | slot 0 | slot 1 | ...
+
+    The memory is zero at first. sent and received are each written by one side.
+    """
+
+    def __init__(self, memory: mmap.mmap, slots: int, slot_bytes: int) -> None:
+        words = [ctypes.c_uint32.from_buffer(memory, i * _LINE) for i in range(3)]
+        self._sent, self._received, self._closed = words
+        self._bytes = np.frombuffer(memory, np.uint8, slots * slot_bytes, 3 * _LINE).reshape(slots, slot_bytes)
+        self._count = 0
+
+    @staticmethod
+    def size(slots: int, slot_bytes: int) -> int:
+        return 3 * _LINE + slots * slot_bytes
+
+    def send(self, array: Array) -> None:
+        self._wait(self._received, (self._count - len(self._bytes)) & 0xFFFF_FFFF)
+        np.copyto(self._slot(array), array)
+        self._pass(self._sent)
+
+    def recv(self, into: Array) -> None:
+        self._wait(self._sent, self._count)
+        np.copyto(into, self._slot(into))
+        self._pass(self._received)
+
+    def close(self) -> None:
+        self._closed.value = 1
+        for word in (self._sent, self._received):
+            futex.wake(ctypes.addressof(word))
+
+    def _slot(self, like: Array) -> Array:
+        assert like.nbytes <= self._bytes.shape[1], f"{like.nbytes} bytes for a slot of {self._bytes.shape[1]}"
+        return self._bytes[self._count % len(self._bytes), : like.nbytes].view(like.dtype).reshape(like.shape)
+
+    def _wait(self, word: ctypes.c_uint32, value: int) -> None:
+        """While the other side's count is ``value``."""
+        while word.value == value:
+            if self._closed.value:
+                raise EngineError("a neighbouring pipeline stage has ended")
+            # close() may come just before the wait; what follows it wakes nobody.
+            futex.wait(ctypes.addressof(word), value, timeout=0.5)
+        futex.fence()
+
+    def _pass(self, word: ctypes.c_uint32) -> None:
+        futex.fence()
+        self._count = (self._count + 1) & 0xFFFF_FFFF
+        word.value = self._count
+        futex.wake(ctypes.addressof(word))
+
+
+class SocketLink:
+    """Over a torch.distributed group of all ranks: between nodes. tag: tells the links of two ranks apart."""
+
+    def __init__(self, group: Any, peer: int, tag: int, slots: int) -> None:
+        self._group, self._peer, self._tag, self._slots = group, peer, tag, slots
+        self._under_way: deque[tuple[Any, torch.Tensor]] = deque()
+
+    def send(self, array: Array) -> None:
+        while len(self._under_way) >= self._slots:
+            _wait(self._under_way.popleft()[0])
+        tensor = torch.from_numpy(array.copy())
+        self._under_way.append((self._group.send([tensor], self._peer, self._tag), tensor))
+
+    def recv(self, into: Array) -> None:
+        tensor = torch.from_numpy(np.empty(into.shape, into.dtype))
+        _wait(self._group.recv([tensor], self._peer, self._tag))
+        np.copyto(into, tensor.numpy())
+
+    def close(self) -> None:
+        self._group.shutdown()
+
+
+def _wait(work: Any) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise EngineError(f"a neighbouring pipeline stage is gone: {error}") from error
+
+
+@dataclass(slots=True)
+class Links:
+    """A rank's. rows_in: from the stage before, None on the first; rows_out: to the next, None on the last. tokens: on
+    the first stage from the last, on the last to the first; None between.
+    """
+
+    rows_in: Link | None
+    rows_out: Link | None
+    tokens: Link | None
+
+    def close(self) -> None:
+        for link in (self.rows_in, self.rows_out, self.tokens):
+            if link is not None:
+                link.close()
+
+
+def open_links(config: EngineConfig, rank: int, group: RankGroup, hidden_size: int) -> Links:
+    """Of a pipeline of several stages. Raises EngineError when a rank that should serve the store does not."""
+    parallel, scheduler = config.parallel, config.scheduler
+    stages, tensor_size = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
+    stage, tensor_rank = divmod(rank, tensor_size)
+    # The first stage takes in tokens when it needs them, at the latest after as many steps as there are stages.
+    rows, tokens = (2, scheduler.max_num_batched_tokens * hidden_size * 4), (stages + 1, scheduler.max_num_seqs * 4)
+    memory, gloo = group.memory, None
+    if memory is None:
+        store = open_store(group, "pipeline")
+        memory = share_memory(store, rank, group.size, willing=True)
+        gloo = None if memory is not None else open_gloo(store, rank, group.size)
+
+    def link(source: int, shape: tuple[int, int]) -> Link:
+        """What ``source`` sends to the stage after it, or the last stage to the first."""
+        if memory is not None:
+            return SharedLink(_map(memory, source * tensor_size + tensor_rank, SharedLink.size(*shape)), *shape)
+        target = (source + 1) % stages
+        peer = target if source == stage else source
+        return SocketLink(gloo, peer * tensor_size + tensor_rank, tag=source, slots=shape[0])
+
+    return Links(
+        rows_in=link(stage - 1, rows) if stage else None,
+        rows_out=link(stage, rows) if stage < stages - 1 else None,
+        tokens=link(stages - 1, tokens) if stage in (0, stages - 1) else None,
+    )
+
+
+def _map(memory: int, index: int, size: int) -> mmap.mmap:
+    os.ftruncate(memory, MEMORY_BYTES)
+    assert size <= 1 << _LINK_BITS and index < 1 << REGION_BITS - _LINK_BITS, "the links' region is full"
+    begin = MEMORY_BYTES - (1 << REGION_BITS) + (index << _LINK_BITS)  # the last region; stages have the first ones
+    return mmap.mmap(memory, size, mmap.MAP_SHARED, offset=begin)
