@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headway.config.args import check_fields, setting
+from headway.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,3 +33,39 @@ class LatencyOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorsOptions:
+    """Lists are words between commas."""
+
+    executors: str = setting("uni,mp,ray", text="executors to compare; uni is what the others are held against")
+    async_scheduling: str = setting("on,off", text="on, off or both")
+    concurrency: str = setting("1,64", text="requests that run at a time (max_num_seqs)")
+    output_lens: str = setting("1,50", text="tokens an answer")
+    mode: Literal["generate", "classify", "embed"] = setting("generate", text="what is asked of the model")
+    input_len: int = setting(64, text="tokens a prompt", low=1)
+    num_prompts: int | None = setting(
+        text="prompts a repeat (default: 4 for each that runs at a time, 8 or more)", low=1
+    )
+    repeats: int = setting(5, text="times each workload runs on each engine, in turn; medians are reported", low=1)
+    seed: int = setting(0, text="of the random prompts", low=0)
+    json: str | None = setting(text="write the results to this file")
+    report: str | None = setting(text="write a page with tables and plots to this file")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not set(words(self.async_scheduling)) <= {"on", "off"}:
+            raise ConfigError("async_scheduling", self.async_scheduling, "must be on, off or on,off")
+        for name in ("executors", "async_scheduling"):
+            if not words(getattr(self, name)):
+                raise ConfigError(name, getattr(self, name), "must name at least one")
+        for name in ("concurrency", "output_lens"):
+            given = words(getattr(self, name))
+            if not given or not all(word.isdigit() and int(word) > 0 for word in given):
+                raise ConfigError(name, getattr(self, name), "must be numbers from 1, with commas between them")
+
+
+def words(text: str) -> list[str]:
+    """Between commas, each once."""
+    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

@@ -40,10 +40,10 @@ def process_age_s() -> float | None:
     return uptime - int(stat[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def check_file(path: str | None) -> None:
+def check_file(path: str | None, setting: str = "json") -> None:
     """Fails before the measurement rather than after it."""
     if path is not None and not Path(path).parent.is_dir():
-        raise ConfigError("json", path, "its directory does not exist")
+        raise ConfigError(setting, path, "its directory does not exist")
 
 
 def engine_facts(llm: Client) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
+from headway.engine import StepTimes
 from headway.messages import PoolingParams, SamplingParams
 
 if TYPE_CHECKING:
-    from headway.engine import StepTimes
     from headway.llm import LLM
 
 FIRST_ID, END_ID = 100, 40_000
@@ -29,8 +30,7 @@ def sampling(output_len: int) -> dict[str, Any]:
     return {"temperature": 0.0, "max_tokens": output_len, "ignore_eos": True}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
+class Pass(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What one pass took. tokens: generated ones. times: where its steps' time went."""
 
     elapsed_s: float

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from headway.batch.options import BatchOptions
-from headway.bench.options import LatencyOptions, ThroughputOptions
+from headway.bench.options import ExecutorsOptions, LatencyOptions, ThroughputOptions
 from headway.cli.options import Parser, add_options, build
 from headway.config.args import EngineArgs, check_fields, setting
 
@@ -102,6 +102,13 @@ COMMANDS = (
         options=LatencyOptions,
         skip=("seed",),
         runner="generate",
+    ),
+    Command(
+        words="bench executors",
+        text="Compare executors, with and without async scheduling, in alternating repeats.",
+        run="headway.bench.executors:run",
+        options=ExecutorsOptions,
+        skip=("seed", "async_scheduling", "distributed_executor_backend", "max_num_seqs", "trace"),
     ),
     Command(words="version", text="Print the version.", run="headway.cli.version:run", engine=False),
 )

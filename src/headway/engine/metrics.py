@@ -57,6 +57,9 @@ class StepTimes(msgspec.Struct, kw_only=True, frozen=True):
         """Of ``working``, by phase. The engine's sum to 1; the worker's run beside them."""
         return {name: getattr(self, name) / (self.working or 1.0) for name in (*ENGINE_PHASES, *WORKER_PHASES)}
 
+    def __add__(self, other: StepTimes) -> StepTimes:
+        return StepTimes(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
     def since(self, earlier: StepTimes) -> StepTimes:
         """What came to it after ``earlier``."""
         return StepTimes(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__struct_fields__})

@@ -1,0 +1,155 @@
+"""Comparing executors: engines in processes of their own, on a model of seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+
+from headway.bench.comparison import Comparison, Row
+from headway.bench.engine_process import EngineProcess, Job
+from headway.cli import main
+from headway.config import EngineArgs
+from headway.errors import ConfigError, EngineError
+from headway.models.source import published_shapes
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a model whose weights are random."""
+    path = tmp_path_factory.mktemp("model")
+    config = json.loads((published_shapes()["facebook/opt-125m"] / "config.json").read_text())
+    config |= {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 2, "ffn_dim": 128}
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "vocab_size": 500}))
+    return ["--model", str(path), "--load-format", "dummy", "--threads", "1", "--kv-cache-memory-bytes", "10000000"]
+
+
+def job(num_prompts: int = 2, output_len: int = 3) -> Job:
+    return Job(mode="generate", input_len=8, output_len=output_len, num_prompts=num_prompts, seed=0)
+
+
+def args(options: list[str]) -> EngineArgs:
+    return EngineArgs(model=options[1], load_format="dummy", threads=1, kv_cache_memory_bytes=10_000_000)
+
+
+def test_executors_are_compared_and_those_that_cannot_run_say_why(tiny: list[str], tmp_path: Path, capsys) -> None:
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    sizes = ["--input-len", "8", "--output-lens", "1,3", "--concurrency", "2", "--num-prompts", "4", "--repeats", "2"]
+    chosen = ["--executors", "uni,absent", "--json", str(out), "--report", str(page)]
+    assert main(["bench", "executors", *tiny, *sizes, *chosen]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["executor"], r["async_scheduling"], r["output_len"]) for r in rows] == [
+        (executor, overlap, output_len)
+        for output_len in (1, 3)
+        for executor in ("uni", "absent")
+        for overlap in (True, False)
+    ]
+    for row in rows:
+        if row["executor"] == "uni":
+            assert len(row["rows_per_s"]) == 2
+            assert row["steps"] == 2 * 2 * row["output_len"]  # two repeats, four prompts two at a time
+            assert 0 < row["executor_tax"] < 1
+        else:
+            assert row["rows_per_s"] == []
+            assert "absent" in row["error"]
+    table = capsys.readouterr().out
+    assert table.count("\n     uni") == 4
+    assert "ConfigError: distributed_executor_backend='absent'" in table
+    text = page.read_text()
+    for drawing in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + drawing.partition("</svg>")[0] + "</svg>")
+    assert text.count("<svg") == 4
+    assert "http" not in text  # self-contained
+
+
+def test_deltas_are_medians_of_the_repeats_ratios() -> None:
+    def row(executor: str, overlap: bool, rates: list[float]) -> Row:
+        return Row(
+            executor=executor,
+            async_scheduling=overlap,
+            concurrency=1,
+            output_len=1,
+            num_prompts=8,
+            startup_s=1.0,
+            rows_per_s=rates,
+            tokens_per_s=None,
+        )
+
+    uni, sync, mp = row("uni", True, [10, 20, 10]), row("uni", False, [8, 10, 5]), row("mp", True, [9, 19, 9])
+    rows = [uni, sync, mp]
+    found = Comparison(model="m", mode="generate", input_len=1, repeats=3, engine={}, versions={}, rows=rows)
+    assert found.delta_to_uni(mp) == pytest.approx(-0.1)
+    assert found.delta_to_sync(uni) == pytest.approx(1.0)
+    assert found.delta_to_uni(uni) is None
+    assert found.delta_to_sync(mp) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--output-lens", "1,x"), ("--concurrency", "0"), ("--async-scheduling", "maybe"), ("--executors", ",")],
+)
+def test_a_list_that_makes_no_sense_is_refused(option: str, value: str, capsys) -> None:
+    assert main(["bench", "executors", "--model", "m", option, value]) == 2
+    assert f"{option[2:].replace('-', '_')}={value!r}: must" in capsys.readouterr().err
+
+
+def test_an_engine_that_dies_is_an_error_and_leaves_nothing(tiny: list[str]) -> None:
+    engine = EngineProcess(args(tiny))
+    try:
+        engine.ready()
+        assert engine.run(job()).tokens == 6
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="ended with exit code -9"):
+            engine.run(job())
+    finally:
+        engine.close()
+        engine.close()
+
+
+def test_a_request_the_engine_refuses_is_its_error(tiny: list[str]) -> None:
+    engine = EngineProcess(args(tiny))
+    try:
+        engine.ready()
+        with pytest.raises(EngineError, match=r"RequestError: .*max_model_len"):
+            engine.run(msgspec.structs.replace(job(), input_len=5000))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_end_in_the_middle_leaves_no_process(tiny: list[str], how: signal.Signals) -> None:
+    sizes = ["--executors", "uni", "--async-scheduling", "on", "--num-prompts", "4", "--repeats", "100000"]
+    command = [sys.executable, "-m", "headway", "bench", "executors", *tiny, *sizes]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr
+        next(line for line in process.stderr if "rows/s" in line)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        process.send_signal(how)
+        process.stderr.read()  # the child holds it too: the end of it all
+        assert process.wait(30) == (130 if how == signal.SIGINT else -how)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{children[0]}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_file_of_a_report_is_checked_first(capsys) -> None:
+    assert main(["bench", "executors", "--model", "no-such-model", "--report", "/absent/report.html"]) == 2
+    assert "report='/absent/report.html'" in capsys.readouterr().err
+
+
+def test_options_are_words_between_commas() -> None:
+    from headway.bench.options import ExecutorsOptions, words
+
+    assert words(" uni, mp,uni,,") == ["uni", "mp"]
+    with pytest.raises(ConfigError):
+        ExecutorsOptions(repeats=0)
