@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one since Python 3.11
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -111,7 +112,7 @@ class Mail:
             self._send(wire.Call(number, method, list(args)))
         try:
             if not self.wait(reply.done, timeout):
-                raise TimeoutError(f"{method} took more than {timeout} s")
+                raise FutureTimeoutError(f"{method} took more than {timeout} s")
         finally:
             with self._lock:
                 self._calls.pop(number, None)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
 from headway import futex
 
 
@@ -17,20 +14,20 @@ class Bell:
     system call: to look for waiters first would need a fence, which Python has not.
     """
 
-    def __init__(self, memory: mmap.mmap, offset: int, ringer: int) -> None:
+    def __init__(self, word: memoryview, address: int, ringer: int) -> None:
+        """word: the 4 bytes that lie at that address."""
         assert 0 <= ringer < 1024
-        self._word = ctypes.c_uint32.from_buffer(memory, offset)
-        self._address = ctypes.addressof(self._word)
+        self._word, self._address = word.cast("I"), address
         self._ringer, self._count = ringer, 0
 
     @property
     def value(self) -> int:
-        return self._word.value
+        return self._word[0]
 
     def ring(self) -> None:
         """What was written before is seen by whoever is woken. One thread at a time."""
         self._count = (self._count + 1) & 0x3FFFFF
-        self._word.value = self._count << 10 | self._ringer
+        self._word[0] = self._count << 10 | self._ringer
         futex.wake(self._address)
 
     def wait(self, value: int, timeout: float | None = None) -> None:

@@ -8,7 +8,6 @@ workers' for plans and for room among results.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import msgspec
 
 from headway.errors import EngineError
 from headway.executor.channel.futex import Bell
+from headway.executor.channel.memory import map_shared
 from headway.executor.channel.ring import RingReader, RingWriter, Unframer, frame, ring_size
 
 _HEADER, _ENGINE_BELL, _WORKERS_BELL = 4096, 0, 64
@@ -46,13 +46,17 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
         return _HEADER + ring_size(self.plans, len(self.ranks)) + index * ring_size(self.results, 1)
 
 
-def _map(fd: int, layout: Layout) -> tuple[mmap.mmap, memoryview, list[memoryview]]:
-    """The memory, its ring of plans, its rings of results."""
-    memory = mmap.mmap(fd, layout.nbytes)
-    view = memoryview(memory)
-    edges = [layout.results_at(i) for i in range(len(layout.ranks) + 1)]
-    results = [view[a:b] for a, b in pairwise(edges)]
-    return memory, view[_HEADER : edges[0]], results
+class _Memory:
+    """One process's view of it."""
+
+    def __init__(self, fd: int, layout: Layout) -> None:
+        self._bytes, self._address = map_shared(fd, layout.nbytes)
+        edges = [layout.results_at(i) for i in range(len(layout.ranks) + 1)]
+        self.plans = self._bytes[_HEADER : edges[0]]
+        self.results = [self._bytes[a:b] for a, b in pairwise(edges)]
+
+    def bell(self, offset: int, ringer: int) -> Bell:
+        return Bell(self._bytes[offset : offset + 4], self._address + offset, ringer)
 
 
 class EngineEnd:
@@ -63,15 +67,15 @@ class EngineEnd:
         self.layout = layout
         self.fd: int | None = os.memfd_create("headway")
         os.ftruncate(self.fd, layout.nbytes)
-        self._memory, plans, results = _map(self.fd, layout)
+        self._memory = _Memory(self.fd, layout)
         self.bell = self.engine_bell(0)
-        self._workers_bell = Bell(self._memory, _WORKERS_BELL, 0)
-        self._plans = RingWriter(plans, len(layout.ranks))
-        self._results = {r: (RingReader(m, 1, 0), Unframer()) for r, m in zip(layout.ranks, results)}
+        self._workers_bell = self._memory.bell(_WORKERS_BELL, 0)
+        self._plans = RingWriter(self._memory.plans, len(layout.ranks))
+        self._results = {r: (RingReader(m, 1, 0), Unframer()) for r, m in zip(layout.ranks, self._memory.results)}
 
     def engine_bell(self, ringer: int) -> Bell:
         """The engine's bell, for a thread of the engine to ring: each has its own number below 8."""
-        return Bell(self._memory, _ENGINE_BELL, ringer)
+        return self._memory.bell(_ENGINE_BELL, ringer)
 
     def close_fd(self) -> None:
         if self.fd is not None:
@@ -118,11 +122,11 @@ class WorkerEnd:
 
     def __init__(self, memory: int, layout: Layout, rank: int) -> None:
         index = layout.ranks.index(rank)
-        mapped, plans, results = _map(memory, layout)
-        self._bell = Bell(mapped, _WORKERS_BELL, 8 + index)
-        self._engine_bell = Bell(mapped, _ENGINE_BELL, 8 + index)
-        self._plans = RingReader(plans, len(layout.ranks), index)
-        self._results = RingWriter(results[index], 1)
+        mapped = _Memory(memory, layout)
+        self._bell = mapped.bell(_WORKERS_BELL, 8 + index)
+        self._engine_bell = mapped.bell(_ENGINE_BELL, 8 + index)
+        self._plans = RingReader(mapped.plans, len(layout.ranks), index)
+        self._results = RingWriter(mapped.results[index], 1)
         self._unframer = Unframer()
         self._messages: deque[bytes] = deque()
 
