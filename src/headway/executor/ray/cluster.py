@@ -99,7 +99,7 @@ def _init(address: str | None, cpus: float) -> None:
 def _check_reachable(address: str) -> None:
     """Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():  # also ray://, from outside of the cluster: the engine runs on one of its nodes
+    if not host or not port.isdigit() or "/" in host:  # ray:// is for programs outside; the engine runs on a node
         raise ConfigError("ray_address", address, "must be host:port, auto or local")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()

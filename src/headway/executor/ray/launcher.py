@@ -129,7 +129,7 @@ def _watch(running: dict[Any, int], died: Callable[[int, int | None], None]) -> 
         try:
             ready, _ = ray.wait(list(running))
             statuses = [_status(call) for call in ready]
-        except Exception:  # the connection to Ray was closed, by whomever: the actors end with it
+        except (Exception, SystemExit):  # the connection to Ray was closed, by whomever: the actors end with it
             ready, statuses = list(running), [None] * len(running)
         for call, status in zip(ready, statuses):
             died(running.pop(call), status)
