@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from headway.config import EngineArgs, EngineConfig, MachineFacts, ModelFacts, resolve
 from headway.config.machine import Launched
+from headway.config.parallel import split_layers
 from headway.config.resolve import kv_bytes_per_token
 from headway.errors import ConfigError
 
@@ -87,6 +88,21 @@ def test_several_ranks_run_in_processes_of_this_node() -> None:
     executor, reason = chosen(tensor_parallel_size=2, pipeline_parallel_size=2)
     assert executor == "mp" and "4 ranks" in reason and "fit on this node" in reason
     assert chosen("cluster", pipeline_parallel_size=2)[0] == "mp"
+
+
+def test_the_last_pipeline_stage_has_fewer_layers_for_the_head_it_also_has() -> None:
+    assert settled(pipeline_parallel_size=2).parallel.stage_layers == (15, 15)
+    config = settled(replace(DECODER, head_layers=8.0), pipeline_parallel_size=2)
+    assert config.parallel.stage_layers == (17, 13)
+    assert kv_bytes_per_token(DECODER, "bfloat16", config.parallel) == 2 * 17 * 3 * 64 * 2
+    assert "17, 13 layers" in why(config, "pipeline_parallel_size")[1]
+
+
+@given(layers=st.integers(1, 100), stages=st.integers(1, 100), head=st.floats(0, 50))
+def test_every_stage_has_layers(layers: int, stages: int, head: float) -> None:
+    if stages <= layers:
+        parts = split_layers(layers, stages, head)
+        assert len(parts) == stages and sum(parts) == layers and min(parts) > 0
 
 
 def test_ranks_that_do_not_fit_go_to_ray_where_there_is_a_cluster() -> None:

@@ -14,7 +14,8 @@ class ModelFacts:
 
     dtype: what the weights are stored in (quantised files: "bfloat16"). weights_bytes: bytes of the checkpoint's
     tensors as stored; num_parameters: their elements. num_labels: 0 without a classification head. num_kv_heads: 0 for
-    bodies that keep no cache. token_types: kinds of segment an encoder tells apart, 0 for decoders.
+    bodies that keep no cache. head_layers: how many layers' weights the head has. token_types: kinds of segment an
+    encoder tells apart, 0 for decoders.
     """
 
     architecture: str
@@ -27,6 +28,7 @@ class ModelFacts:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    head_layers: float = 0.0
     eos_token_ids: tuple[int, ...] = ()
     weights_bytes: int = 0
     num_parameters: int = 0

@@ -22,8 +22,10 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
         raise ConfigError("pipeline_parallel_size", pp, "must be 1 for an encoder; tensor_parallel_size divides it")
     if pp > facts.num_layers:
         raise ConfigError("pipeline_parallel_size", pp, f"the model has {facts.num_layers} layers")
-    for name, size in (("tensor_parallel_size", tp), ("pipeline_parallel_size", pp)):
-        choices.note(name, size, "given" if size > 1 else "not split")
+    choices.note("tensor_parallel_size", tp, "given" if tp > 1 else "not split")
+    stage_layers = split_layers(facts.num_layers, pp, facts.head_layers)
+    stages = f"given; stages of {', '.join(map(str, stage_layers))} layers, the last with the head"
+    choices.note("pipeline_parallel_size", pp, stages if pp > 1 else "not split")
     if dp > 1:
         raise ConfigError("data_parallel_size", dp, "must be 1: this version runs one replica")
     choices.note("data_parallel_size", dp, "one replica")
@@ -33,10 +35,24 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
         executor=_executor(choices, machine, tp * pp, weights),
         tensor_parallel_size=tp,
         pipeline_parallel_size=pp,
+        stage_layers=stage_layers,
         data_parallel_size=dp,
         start_timeout_s=args.start_timeout_s,
         step_timeout_s=args.step_timeout_s,
     )
+
+
+def split_layers(num_layers: int, stages: int, head_layers: float) -> tuple[int, ...]:
+    """Layers of each stage. The last one also has the head, worth so many layers to a step of decodes.
+
+    Prompts hardly use it. Half its weight loses least whatever the mixture: SmolLM2 in two stages has 17 and 13 layers,
+    where 19 and 11 would be even for decodes, 15 and 15 for prompts.
+    """
+    if stages == 1:
+        return (num_layers,)
+    last = max(1, int((num_layers + head_layers / 2) / stages - head_layers / 2))
+    base, extra = divmod(num_layers - last, stages - 1)
+    return (*(base + (stage < extra) for stage in range(stages - 1)), last)
 
 
 def ranks_on_this_node(parallel: ParallelConfig, machine: MachineFacts, weights: int) -> int:

@@ -80,7 +80,7 @@ def kv_bytes_per_token(facts: ModelFacts, dtype: Dtype, parallel: ParallelConfig
     """Keys and values of one token on the rank that keeps most; 0 for a model without a cache."""
     if not _keeps_cache(facts):
         return 0
-    layers = -(-facts.num_layers // parallel.pipeline_parallel_size)
+    layers = max(parallel.stage_layers, default=facts.num_layers)
     heads = -(-facts.num_kv_heads // parallel.tensor_parallel_size)
     return 2 * layers * heads * facts.head_dim * ITEM_BYTES[dtype]
 

@@ -56,7 +56,8 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """executor: a name of headway.executor, or an import path "module:Class".
+    """executor: a name of headway.executor, or an import path "module:Class". stage_layers: of each pipeline stage;
+    empty: divided evenly.
 
     start_timeout_s, step_timeout_s: how long worker processes may take to load and for one step; 0: any time.
     """
@@ -64,6 +65,7 @@ class ParallelConfig:
     executor: str = "uni"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    stage_layers: tuple[int, ...] = ()
     data_parallel_size: int = 1
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0

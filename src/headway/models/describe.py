@@ -64,7 +64,7 @@ def _encoder_shape(path: Path, config: Config) -> dict[str, int] | None:
     }
 
 
-def decoder_shape(config: Config) -> dict[str, int]:
+def decoder_shape(config: Config) -> dict[str, Any]:
     """The fields of ModelFacts that size a decoder. Raises ModelError where neither we nor transformers can run it."""
     try:
         spec = families.decoder_spec(config)
@@ -79,6 +79,7 @@ def decoder_shape(config: Config) -> dict[str, int]:
         "num_heads": spec.num_heads,
         "num_kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
+        "head_layers": 0 if spec.num_labels else spec.head_layers,
         "max_positions": spec.max_positions,
     }
 

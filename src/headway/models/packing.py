@@ -100,7 +100,7 @@ class DecoderPacker(Packer):
         )
 
     def _needs_tied_head(self) -> bool:
-        return self.with_head and self.spec.tie_embeddings and self.shard.first and self.shard.last
+        return self.with_head and self.spec.tie_embeddings and self.shard.first
 
     def _layer(self, index: int) -> DecoderLayer:
         spec, shard = self.spec, self.shard

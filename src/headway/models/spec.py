@@ -56,6 +56,13 @@ class DecoderSpec:
     max_positions: int = 2048
     num_labels: int = 0
 
+    @property
+    def head_layers(self) -> float:
+        """Weights of the head in those of a layer."""
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        layer = self.hidden_size * (attention + (2 + self.gated) * self.intermediate_size)
+        return self.vocab_size * (self.embed_size or self.hidden_size) / layer
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderSpec:
@@ -102,9 +109,14 @@ class Shard:
     tensor_size: int = 1
     pipeline_rank: int = 0
     pipeline_size: int = 1
+    stage_layers: tuple[int, ...] = ()
 
     def layers(self, num_layers: int) -> range:
-        """The layers of this pipeline rank; earlier ranks take the remainder."""
+        """The layers of this pipeline rank; evenly divided, earlier ranks take the remainder."""
+        if self.stage_layers:
+            assert sum(self.stage_layers) == num_layers and len(self.stage_layers) == self.pipeline_size
+            start = sum(self.stage_layers[: self.pipeline_rank])
+            return range(start, start + self.stage_layers[self.pipeline_rank])
         return _part(num_layers, self.pipeline_rank, self.pipeline_size)
 
     @property

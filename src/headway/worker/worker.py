@@ -96,6 +96,7 @@ class Worker:
             tensor_size=parallel.tensor_parallel_size,
             pipeline_rank=pipeline_rank,
             pipeline_size=parallel.pipeline_parallel_size,
+            stage_layers=parallel.stage_layers,
         )
 
     def _batch(self, vocab_size: int) -> Batch:
