@@ -29,25 +29,23 @@ from headway.messages import StepPlan
 HERE, THERE = {"CPU": 1.0, "here": 1.0}, {"CPU": 1.0, "there": 1.0}
 STOP, SLEEP = 3, 4  # what a plan tells a small worker
 PROMPTS = ["The capital of France is", "One, two, three,"]
-STORE = 80 << 20
 Make = Callable[..., RayExecutor]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Generator[str]:
     """Two CPUs here and one there. Its address."""
+    node = {"object_store_memory": 80 << 20}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of the small worker
-        head = {"num_cpus": 2, "resources": {"here": 2}, "include_dashboard": False, "object_store_memory": STORE}
+        head = {"num_cpus": 2, "resources": {"here": 2}, "include_dashboard": False, **node}
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            cluster.add_node(num_cpus=1, resources={"there": 1}, object_store_memory=STORE)
-            ray.init(cluster.address, log_to_driver=False, logging_level="error")
-            yield cluster.address
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+        cluster.add_node(num_cpus=1, resources={"there": 1}, **node)
+    ray.init(cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster.address
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headway.config import EngineConfig
@@ -103,7 +103,7 @@ class RayLauncher:
                 raise EngineError(
                     f"rank {rank}: its actor did not start within {timeout} s (start_timeout_s)"
                 ) from error
-            except (RayTaskError, RayActorError) as error:
+            except RayError as error:
                 cause = getattr(error, "cause", None) or error
                 raise WorkerError(rank, type(cause).__name__, str(cause), str(error)) from error
         return results
@@ -112,7 +112,7 @@ class RayLauncher:
 def _actor(group: Group, seat: Seat, name: str) -> Any:
     """Takes what the seat offers, all of it: that is how Ray knows which GPUs the rank sees."""
     others = {r: amount for r, amount in seat.resources.items() if r not in ("CPU", "GPU", "memory")}
-    options = {
+    options: dict[str, Any] = {
         "name": name,
         "num_cpus": seat.resources.get("CPU", 0),
         "num_gpus": seat.resources.get("GPU", 0),
@@ -120,6 +120,8 @@ def _actor(group: Group, seat: Seat, name: str) -> Any:
         "resources": others,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group.handle, seat.bundle),
     }
+    if path := os.environ.get("PYTHONPATH"):  # a checkout, say; not always, for a process of its own takes a second
+        options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
     return ray.remote(RankActor).options(**options).remote()
 
 
