@@ -32,7 +32,7 @@ INLINE void wait_for_ranks(Group& g, uint32_t exchange) {
   for (int64_t rank = 0; rank < g.size; rank++) {
     Signal& other = signal_of(g, rank);
     auto here = [&] { return (int32_t)(other.published.load(std::memory_order_acquire) - exchange) >= 0; };
-    for (int spin = 0; spin < 20000 && !here(); spin++) cpu_relax();
+    for (int spin = 0; spin < 2000 && !here(); spin++) cpu_relax();  // longer takes the core that the other may need
     if (here()) continue;
     other.sleepers.fetch_add(1);
     while (!here() && __atomic_load_n(&g.lost, __ATOMIC_RELAXED) < 0) {
