@@ -75,6 +75,11 @@ class BlockPool:
         assert self._references[block] > 0, f"block {block} is not referenced"
         self._keep[block] = 1
 
+    def drop_cached(self) -> None:
+        """What cached blocks hold is worth nothing any more."""
+        while self._cached:
+            self._evict()
+
     def _evict(self) -> None:
         block, _ = self._cached.popitem(last=False)
         self._keep[block] = 0

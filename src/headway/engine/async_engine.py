@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -57,7 +57,15 @@ class _Compiled:
     result: Matcher | BaseException | None
 
 
-_Message = _Stream | _Leave | _Abort | _Compiled
+@dataclass(frozen=True, slots=True)
+class _Action:
+    """Something to do with the core."""
+
+    run: Callable[[EngineCore], None]
+    done: Future[None]
+
+
+_Message = _Stream | _Leave | _Abort | _Compiled | _Action
 
 
 class AsyncEngine:
@@ -96,6 +104,12 @@ class AsyncEngine:
         finally:
             for stream in running.values():
                 self._post(_Leave(stream), dead_is_fine=True)
+
+    async def between_steps(self, run: Callable[[EngineCore], None]) -> None:
+        """Runs something on the engine's thread. Raises what it raises."""
+        done: Future[None] = Future()
+        self._post(_Action(run, done))
+        await asyncio.wrap_future(done)
 
     def abort(self, request_ids: list[str]) -> None:
         """Ends requests; their iterators get a last output with finish_reason "abort"."""
@@ -148,10 +162,22 @@ class AsyncEngine:
             self._drop(message.stream)
         elif isinstance(message, _Compiled):
             self._add_compiled(message)
+        elif isinstance(message, _Action):
+            self._act(message)
         elif constraint(message.request) is None:
             self._add(message)
         else:
             self._compile(message)
+
+    def _act(self, action: _Action) -> None:
+        if not action.done.set_running_or_notify_cancel():
+            return
+        try:
+            action.run(self._core)
+        except Exception as error:
+            action.done.set_exception(error)
+        else:
+            action.done.set_result(None)
 
     def _compile(self, stream: _Stream) -> None:
         name = stream.request.request_id
@@ -228,6 +254,8 @@ class AsyncEngine:
                 message = self._inbox.get()
                 if isinstance(message, _Stream):
                     streams.append(message)
+                elif isinstance(message, _Action) and message.done.set_running_or_notify_cancel():
+                    message.done.set_exception(error)
         self._streams, self._compiling = {}, {}
         self._send([(stream, error) for stream in streams])
 

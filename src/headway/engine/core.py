@@ -29,6 +29,7 @@ from headway.engine.constraints import Constraints
 from headway.engine.grammar import GrammarBackend, Matcher
 from headway.engine.metrics import ENCODE, OUTSIDE, SCHEDULE, UPDATE, EngineMetrics, StepClock
 from headway.engine.trace import Trace
+from headway.engine.upkeep import Upkeep
 from headway.errors import EngineDead
 from headway.executor import Executor, WorkerInfo
 from headway.messages import EngineOutput, Request, StepPlan, StepResult
@@ -61,6 +62,7 @@ class EngineCore:
         self._most_in_flight = config.parallel.pipeline_parallel_size + config.scheduler.depth
         self._constraints = Constraints(grammar, info.vocab_size)
         self._scheduler = Scheduler(config, self._constraints.accept)
+        self.upkeep = Upkeep(executor, self._scheduler)
         self._clock = StepClock(trace)
         self._in_flight: deque[_InFlight] = deque()
         self._failed: list[EngineOutput] = []  # by their constraint, since the last step()
@@ -73,6 +75,7 @@ class EngineCore:
     def add(self, request: Request, matcher: Matcher | None = None) -> None:
         """Raises RequestError, which costs nobody else anything. matcher: what compile() gave, if it was called."""
         self._check_alive()
+        self.upkeep.check()
         if matcher is None:
             matcher = self.compile(request)
         self._scheduler.add(request)

@@ -47,6 +47,8 @@ class ExternalExecutor:
     WORLD_SIZE may be a multiple of the ranks: then consecutive ranks make a replica, each with requests of its own.
     """
 
+    in_process = True
+
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._uni: UniExecutor | None = None

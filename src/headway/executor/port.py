@@ -14,6 +14,9 @@ class Executor(Protocol):
     An exception in a step reaches its future as WorkerError; every later call raises EngineDead.
     """
 
+    in_process: bool
+    """call() takes any object; elsewhere what MessagePack has."""
+
     def start(self) -> WorkerInfo:
         """Loads the model; returns when the first plan can be submitted."""
         ...

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class RemoteExecutor:
     """See ``headway.executor.port.Executor``. An executor that is dropped without close() ends its workers too."""
 
+    in_process = False
+
     def __init__(self, config: EngineConfig, launcher: Launcher, worker: str = WORKER) -> None:
         """worker: the class that each process makes its rank of, as module:Class."""
         self._config, self._launcher, self._worker = config, launcher, worker

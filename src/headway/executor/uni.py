@@ -70,6 +70,8 @@ def local_worker(config: EngineConfig, rank: int = 0, group: RankGroup | None = 
 class UniExecutor:
     """See ``headway.executor.port.Executor``. make_worker runs on the worker's thread."""
 
+    in_process = True
+
     def __init__(self, config: EngineConfig, make_worker: Callable[[EngineConfig], UniWorker] = local_worker) -> None:
         self._config = config
         self._make_worker = make_worker
@@ -194,10 +196,9 @@ def _answer(worker: UniWorker, box: _Mailbox, future: Future[Any], method: str, 
     except _Closed:
         future.set_exception(EngineDead("the executor was closed"))
     except BaseException as error:
-        failure = _worker_error(error)
         if method == "step":
-            box.error = failure
-        future.set_exception(failure)
+            box.error = _worker_error(error)
+        future.set_exception(box.error or _portable(error))
     else:
         future.set_result(result)
 

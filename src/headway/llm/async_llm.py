@@ -7,7 +7,7 @@ import itertools
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from headway.engine.async_engine import AsyncEngine
 from headway.errors import RequestError
@@ -17,6 +17,9 @@ from headway.llm.outputs import GeneratedResult, PooledResult
 from headway.llm.processor import Params, Prepared
 from headway.llm.prompts import Prompt, PromptInput, as_input
 from headway.messages import EngineOutput, PooledOutput, PoolingParams, Request, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from headway.engine.upkeep import Weights
 
 # Tokenising more text than this, about 2 ms of it, goes to a thread so that the event loop goes on.
 INLINE_CHARS = 8192
@@ -103,6 +106,18 @@ class AsyncLLM(Client):
             self._engine.abort(running)
         elif running is not None:
             self._aborted_early.add(request_id)
+
+    async def update_weights(self, weights: Weights) -> None:
+        """As LLM.update_weights, but refused with EngineError while requests run."""
+        await self._engine.between_steps(lambda core: core.upkeep.update_weights(weights))
+
+    async def sleep(self, level: Literal[1, 2] = 1) -> None:
+        """As LLM.sleep, but refused with EngineError while requests run."""
+        await self._engine.between_steps(lambda core: core.upkeep.sleep(level))
+
+    async def wake_up(self) -> None:
+        """As LLM.wake_up."""
+        await self._engine.between_steps(lambda core: core.upkeep.wake_up())
 
     def close(self) -> None:
         """Ends the engine; idempotent. Whoever still waits gets EngineDead."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from headway.errors import RequestError
 from headway.llm.chat import Message
@@ -18,6 +18,9 @@ from headway.llm.outputs import Result, make_result
 from headway.llm.processor import Params, Prepared
 from headway.llm.prompts import Prompt, as_prompts
 from headway.messages import EngineOutput, PooledOutput, PoolingParams, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from headway.engine.upkeep import Weights
 
 OnOutput = Callable[[Any], None]
 
@@ -86,6 +89,30 @@ class LLM(Client):
         scoring = self._scoring(text_1, text_2)
         outputs: list[PooledOutput] = self._run(scoring.prompts, scoring.params, use_tqdm)
         return scoring.results(outputs)
+
+    def update_weights(self, weights: Weights) -> None:
+        """Other weights of the same shapes, in the memory of those before, for the calls that follow.
+
+        weights: (name, tensor) pairs with a checkpoint's names, all of them, best in its order: what comes long before
+        its layer is held until then; or a checkpoint's path, which every worker reads. Workers in other processes get
+        pairs through a temporary file. Waits for running calls of other threads. ModelError for weights that do not
+        fit: then requests are refused until an update succeeds.
+        """
+        with self._turn:
+            self._frontend.core.upkeep.update_weights(weights)
+
+    def sleep(self, level: Literal[1, 2] = 1) -> None:
+        """Gives back the KV cache's memory, at level 2 the weights' too; requests are refused until wake_up().
+
+        Waits for running calls of other threads.
+        """
+        with self._turn:
+            self._frontend.core.upkeep.sleep(level)
+
+    def wake_up(self) -> None:
+        """After sleep(2) without an update_weights() since: reads the weights that the model was loaded with again."""
+        with self._turn:
+            self._frontend.core.upkeep.wake_up()
 
     def close(self) -> None:
         """Ends the engine; idempotent."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from headway.messages import PoolingParams
+    from headway.models.packing import Packer
     from headway.models.port import Comm
     from headway.models.spec import DecoderSpec, PoolingSpec, Shard
     from headway.ops.port import AttentionMetadata, KVCache, Ops, PackedLinear
@@ -36,6 +37,7 @@ class Decoder:
         ops: Ops,
         dtype: torch.dtype,
         *,
+        packer: Packer,
         pooling_spec: PoolingSpec,
         max_model_len: int,
         shard: Shard,
@@ -55,6 +57,7 @@ class Decoder:
         self.head, self.score = weights.head, weights.score
         self.cos_sin = None if spec.rotary is None else cos_sin_table(spec.rotary, max_model_len)
         self.weights_bytes = weights.nbytes
+        self.packer: Packer | None = packer
 
     def allocate_kv(self, num_blocks: int, block_size: int) -> KVCache:
         return self.ops.allocate_kv(

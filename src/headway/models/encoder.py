@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from headway.messages import PoolingParams
+    from headway.models.loading.weights import WeightSource
     from headway.models.port import Comm
     from headway.models.spec import EncoderSpec, PoolingSpec, Shard
     from headway.ops.port import Ops, PackedLinear
@@ -63,7 +64,7 @@ class Encoder:
         *,
         pooling_spec: PoolingSpec,
         max_positions: int,
-        weights_bytes: int,
+        packer: Packer,
         shard: Shard,
         comm: Comm | None,
     ) -> None:
@@ -71,7 +72,8 @@ class Encoder:
         self.spec, self.weights, self.ops, self.dtype, self.comm = spec, weights, ops, dtype, comm
         self.num_heads = len(shard.heads(spec.num_heads, spec.num_heads))
         self.pooling_spec, self.max_positions = pooling_spec, max_positions
-        self.num_labels, self.weights_bytes = spec.num_labels, weights_bytes
+        self.num_labels, self.weights_bytes = spec.num_labels, packer.nbytes
+        self.packer: Packer | None = packer
 
     def forward(self, token_ids_T: Tensor, token_type_ids_T: Tensor, query_start: Tensor, max_query: int) -> Tensor:
         x_TK = self._embed(token_ids_T, token_type_ids_T, query_start)
@@ -116,8 +118,20 @@ class Encoder:
 class EncoderPacker(Packer):
     """One rank's EncoderWeights under BERT's and RoBERTa's names. Embeddings and the head are whole on every rank."""
 
-    def weights(self, spec: EncoderSpec, shard: Shard) -> EncoderWeights:
-        has = self.source.has
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        shard: Shard,
+        source: WeightSource,
+        ops: Ops,
+        dtype: torch.dtype,
+        quantization: str | None,
+    ) -> None:
+        super().__init__(source, ops, dtype, quantization)
+        self.spec, self.shard = spec, shard
+
+    def weights(self) -> EncoderWeights:
+        spec, shard, has = self.spec, self.shard, self.source.has
         prefix = next((p for p in PREFIXES if has(f"{p}embeddings.word_embeddings.weight")), "")
         tables, size = f"{prefix}embeddings.", spec.hidden_size
         dense, classifier = self._head(spec, prefix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,7 +10,7 @@ from headway.errors import ConfigError
 from headway.models.layers import DecoderLayer, DecoderWeights, EmbeddingTable, Norm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -21,18 +21,44 @@ if TYPE_CHECKING:
 
 
 class Packer:
-    """Packs single tensors and counts their bytes."""
+    """Packs single tensors, counts their bytes, and can put other values in their places."""
 
     def __init__(self, source: WeightSource, ops: Ops, dtype: torch.dtype, quantization: str | None) -> None:
         self.source, self.ops, self.dtype, self.quantization = source, ops, dtype, quantization
         self.nbytes = 0
+        self._pieces: list[PackedLinear | Tensor] = []  # in the order of packing, which is always the same
+        self._filling: Iterator[Any] | None = None
+
+    def weights(self) -> object:
+        raise NotImplementedError
+
+    def refill(self, source: WeightSource) -> None:
+        """Other weights of the same shapes, in the memory of those before."""
+        self.source, self._filling = source, iter(self._pieces)
+        with torch.no_grad():
+            self.weights()
+        self.release_source()
+
+    def release_source(self) -> None:
+        """Closes its files."""
+        del self.source
+
+    def tensors(self) -> list[Tensor]:
+        """The memory that the weights take."""
+        return [t for p in self._pieces for t in ([p] if isinstance(p, torch.Tensor) else p.tensors())]
 
     def linear(
         self, weight_NK: Tensor, bias_N: Tensor | None, *, gated: bool = False, quantize: bool = True
     ) -> PackedLinear:
+        if self._filling is not None:
+            packed: PackedLinear = next(self._filling)
+            packed.fill(weight_NK, bias_N)
+            return packed
         quantization = self.quantization if quantize else None
         self.nbytes += weight_NK.numel() * (1 if quantization == "int8" else self.dtype.itemsize)
-        return self.ops.pack_linear(weight_NK, bias_N, dtype=self.dtype, quantization=quantization, gated=gated)
+        packed = self.ops.pack_linear(weight_NK, bias_N, dtype=self.dtype, quantization=quantization, gated=gated)
+        self._pieces.append(packed)
+        return packed
 
     def norm(self, name: str, size: int, eps: float, *, bias: bool) -> Norm:
         weight = self.vector(f"{name}.weight", size)
@@ -42,9 +68,16 @@ class Packer:
         return self.table(name, (size,), torch.float32)
 
     def table(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A copy of its own, so that nothing keeps the file mapped."""
-        copy = self.source.get(name, shape).to(dtype, copy=True)
+        return self.copy(self.source.get(name, shape), dtype)
+
+    def copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Its own, so that nothing keeps the file mapped."""
+        if self._filling is not None:
+            piece: Tensor = next(self._filling)
+            return piece.copy_(tensor)
+        copy = tensor.to(dtype, copy=True)
         self.nbytes += copy.nbytes
+        self._pieces.append(copy)
         return copy
 
     def simple_linear(self, name: str, rows: int, columns: int, *, bias: bool, quantize: bool = True) -> PackedLinear:
@@ -71,12 +104,12 @@ class DecoderPacker(Packer):
         super().__init__(source, ops, dtype, quantization)
         self.spec, self.names, self.shard = spec, names, shard
         self.with_head = with_head
-        prefixes = (p for p in names.prefixes if source.has(f"{p}{names.embed}.weight"))
-        self.prefix = next(prefixes, names.prefixes[0])
         check_shard(spec, shard)
 
     def weights(self) -> DecoderWeights:
         spec, shard, names = self.spec, self.shard, self.names
+        prefixes = (p for p in names.prefixes if self.source.has(f"{p}{names.embed}.weight"))
+        self.prefix = next(prefixes, names.prefixes[0])
         layers = tuple(self._layer(i) for i in shard.layers(spec.num_layers))
         embed_size = spec.embed_size or spec.hidden_size
         projects = spec.embed_size is not None
@@ -167,9 +200,7 @@ class DecoderPacker(Packer):
 
     def _vocabulary(self, embed_size: int) -> Tensor:
         weight = self.source.get(f"{self.prefix}{self.names.embed}.weight", (self.spec.vocab_size, embed_size))
-        rows = self._vocabulary_rows(weight).to(self.dtype, copy=True)
-        self.nbytes += rows.nbytes
-        return rows
+        return self.copy(self._vocabulary_rows(weight), self.dtype)
 
     def _vocabulary_rows(self, weight_VK: Tensor) -> Tensor:
         return weight_VK[_rows(self.shard.width(self.spec.vocab_size))]

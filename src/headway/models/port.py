@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from headway.messages import PoolingParams
+    from headway.models.packing import Packer
     from headway.ops.port import AttentionMetadata, KVCache
 
 
@@ -29,7 +30,8 @@ class Comm(Protocol):
 class CausalModel(Protocol):
     """A decoder: generates, and pools the last token (embedding, classification head) where asked.
 
-    vocab_size counts the rows of the head; num_labels is 0 without a classification head.
+    vocab_size counts the rows of the head; num_labels is 0 without a classification head. packer: puts other weights in
+    the places of these; None where nothing can.
     """
 
     dtype: torch.dtype
@@ -37,6 +39,7 @@ class CausalModel(Protocol):
     max_positions: int
     num_labels: int
     weights_bytes: int
+    packer: Packer | None
 
     def allocate_kv(self, num_blocks: int, block_size: int) -> KVCache: ...
 
@@ -60,6 +63,7 @@ class EncoderModel(Protocol):
     max_positions: int
     num_labels: int
     weights_bytes: int
+    packer: Packer | None
 
     def forward(self, token_ids_T: Tensor, token_type_ids_T: Tensor, query_start: Tensor, max_query: int) -> Tensor:
         """Hidden states [T, K] of packed prompts; query_start: int32 [R+1]."""

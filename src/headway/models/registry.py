@@ -72,11 +72,14 @@ def _load_decoder(
         shard=shard,
         with_head=config.runner == "generate" and not spec.num_labels,
     )
+    weights = packer.weights()
+    packer.release_source()
     return Decoder(
         spec,
-        packer.weights(),
+        weights,
         ops,
         dtype,
+        packer=packer,
         pooling_spec=read_pooling(path, checkpoint, default="last"),
         max_model_len=min(spec.max_positions, config.max_model_len),
         shard=shard,
@@ -104,8 +107,9 @@ def _load_encoder(
         raise ConfigError("pipeline_parallel_size", shard.pipeline_size, "must be 1 for an encoder: use replicas")
     dtype: torch.dtype = getattr(torch, config.dtype)
     source = open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed, dtype=dtype)
-    packer = EncoderPacker(source, ops, dtype, config.quantization)
-    weights = packer.weights(spec, shard)
+    packer = EncoderPacker(spec, shard, source, ops, dtype, config.quantization)
+    weights = packer.weights()
+    packer.release_source()
     return Encoder(
         spec,
         weights,
@@ -113,7 +117,7 @@ def _load_encoder(
         dtype,
         pooling_spec=read_pooling(path, checkpoint, default="mean"),
         max_positions=max_prompt(path, spec.max_positions),
-        weights_bytes=packer.nbytes,
+        packer=packer,
         shard=shard,
         comm=comm,
     )

@@ -69,6 +69,7 @@ class TransformersDecoder:
     ) -> None:
         config = language_model.config.get_text_config()
         self.ops, self.dtype, self.max_positions = ops, dtype, max_positions
+        self.packer = None
         self.vocab_size, self.num_labels = int(config.vocab_size), 0
         self.weights_bytes = sum(p.nbytes for p in language_model.parameters())
         self._pooling_spec = pooling_spec

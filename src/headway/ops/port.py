@@ -31,6 +31,14 @@ class PackedLinear(Protocol):
         """Rows of the weight [T, K] (embedding look-up on a tied head)."""
         ...
 
+    def fill(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        """Packs other values, of the shapes that it was made of, into the same memory."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Its memory."""
+        ...
+
 
 @dataclass(slots=True)
 class AttentionMetadata:
@@ -56,6 +64,10 @@ class KVCache(Protocol):
     num_blocks: int
     block_size: int
     nbytes: int
+
+    def tensors(self) -> list[Tensor]:
+        """Its memory."""
+        ...
 
 
 class Ops(Protocol):

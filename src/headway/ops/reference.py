@@ -39,6 +39,19 @@ class ReferenceLinear:
             return self.weight[ids_T]
         return self.weight[ids_T] * self.scale[ids_T]
 
+    def fill(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        if self.scale is None:
+            self.weight.copy_(weight_NK)
+        else:
+            weight, scale = _to_int8(weight_NK)
+            self.weight.copy_(weight)
+            self.scale.copy_(scale)
+        if self.bias is not None and bias_N is not None:
+            self.bias.copy_(bias_N)
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.weight, self.bias, self.scale) if t is not None]
+
     def apply(self, x_TK: Tensor) -> Tensor:
         weight = self.weight if self.scale is None else (self.weight * self.scale).to(x_TK.dtype)
         return F.linear(x_TK, weight, self.bias)
@@ -62,6 +75,9 @@ class ReferenceKV:
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        return [self.keys, self.values]
 
 
 class ReferenceOps:
@@ -90,9 +106,8 @@ class ReferenceOps:
         if quantization is None:
             return ReferenceLinear(weight_NK.to(dtype, copy=True).contiguous(), bias, None)
         assert quantization == "int8", quantization
-        weight = weight_NK.float()
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        return ReferenceLinear((weight / scale).round().to(torch.int8), bias, scale)
+        weight, scale = _to_int8(weight_NK)
+        return ReferenceLinear(weight, bias, scale)
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, *, activation: Activation | None = None) -> Tensor:
         y = cast(ReferenceLinear, weight).apply(x_TK)
@@ -190,3 +205,9 @@ def _grouped_attention(q_QHD: Tensor, k_CGD: Tensor, v_CGD: Tensor, mask_QC: Ten
     keys, values = k_CGD.transpose(0, 1)[None], v_CGD.transpose(0, 1)[None]
     out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return out.view(groups, heads // groups, queries, dim).permute(2, 0, 1, 3).reshape(queries, heads, dim)
+
+
+def _to_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    weight = weight_NK.float()
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+    return (weight / scale).round().to(torch.int8), scale

@@ -93,6 +93,11 @@ class Scheduler:
         state = self._states.get(request_id)
         return None if state is None else self._finish(state, "abort" if error is None else "error", error=error)
 
+    def drop_prefix_cache(self) -> None:
+        """What the cache holds is not what the model would compute. Only while there are no requests."""
+        assert not self._states, "requests hold blocks"
+        self._kv.pool.drop_cached()
+
     def request_at(self, slot: int) -> str:
         """The id of the request in a slot."""
         return self._slots.occupant(slot).id

@@ -17,12 +17,14 @@ from headway.models.spec import Shard
 from headway.ops import get_ops
 from headway.worker.batch import Batch
 from headway.worker.group import open_comm
+from headway.worker.memory import WorkerMemory
 from headway.worker.runner import DecoderRunner, EncoderRunner, Masks, Runner
 
 if TYPE_CHECKING:
     from headway.config.settings import EngineConfig
     from headway.messages import RankGroup
     from headway.models.port import CausalModel, EncoderModel
+    from headway.models.update import Weights
     from headway.ops.cpu.comm import SharedComm
     from headway.ops.port import KVCache, Ops
     from headway.worker.group import GlooComm
@@ -39,6 +41,7 @@ class Worker:
         self._runner: Runner | None = None
         self._comm: SharedComm | GlooComm | None = None
         self._links: Links | None = None
+        self._memory: WorkerMemory | None = None
 
     def load(self) -> WorkerInfo:
         """Loads and packs the weights, reserves the KV cache, runs one token. Raises what load_model raises."""
@@ -60,6 +63,7 @@ class Worker:
             program = self._compile(model, ops, kv)
             vocab_size = model.vocab_size
             self._runner = self._decoder_runner(model, kv, program)
+        self._memory = WorkerMemory(model, kv, config.model)
         prepared = time.perf_counter()
         self._warm_up()
         phases = {"load": loaded - began, "prepare": prepared - loaded, "warm-up": time.perf_counter() - prepared}
@@ -78,9 +82,24 @@ class Worker:
         result.times_ns |= {"start": start, "end": time.perf_counter_ns()}
         return result
 
+    def update_weights(self, weights: Weights) -> None:
+        """Between steps: other weights in the place of these, from here on. See models.update."""
+        assert self._memory is not None, "load() comes first"
+        self._memory.update_weights(weights)
+
+    def sleep(self, level: int) -> None:
+        """Between steps: gives back the memory of the cache, at level 2 of the weights too."""
+        assert self._memory is not None, "load() comes first"
+        self._memory.sleep(level)
+
+    def reload_weights(self) -> None:
+        """Those that the model was loaded with."""
+        assert self._memory is not None, "load() comes first"
+        self._memory.update_weights(None)
+
     def close(self) -> None:
         """Lets go of the model, the cache and the other ranks."""
-        self._runner = None
+        self._runner = self._memory = None
         if self._comm is not None:
             self._comm.close()
             self._comm = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from headway.errors import ModelError
 from headway.models.loading.config import Config, is_gguf
-from headway.models.loading.safetensors_file import StoredTensor, read_headers
+from headway.models.loading.safetensors_file import StoredTensor, read_header, read_headers
 
 
 class WeightSource(Protocol):
@@ -26,10 +27,12 @@ class WeightSource(Protocol):
 
 
 def open_weights(path: Path, config: Config, *, load_format: str, seed: int, dtype: torch.dtype) -> WeightSource:
-    """The weights of a directory or GGUF file; random ones for load_format "dummy". dtype: what GGUF
+    """The weights of a directory, a GGUF or a .safetensors file; random ones for load_format "dummy". dtype: what GGUF
     dequantises to, and random weights are drawn in."""
     if load_format == "dummy":
         return DummyWeights(seed, dtype)
+    if path.suffix == ".safetensors":
+        return SafetensorsWeights(path.parent, read_header(path))
     if is_gguf(path):
         from headway.models.loading.gguf_weights import GGUFWeights
 
@@ -89,6 +92,33 @@ class PickledWeights:
         if stored is None:
             raise _missing(self._file, name)
         return _checked(self._tensors[stored], shape, self._file, name)
+
+
+class StreamedWeights:
+    """Tensors that come in any order, each used once. Only those that came before they were asked for are held."""
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._coming = iter(tensors)
+        self._held: dict[str, Tensor] = {}
+
+    def has(self, name: str) -> bool:
+        while name not in self._held:
+            following = next(self._coming, None)
+            if following is None:
+                return False
+            self._held[following[0]] = following[1].detach()
+        return True
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if not self.has(name):
+            raise ModelError(f"tensor {name} is not among the weights")
+        return _checked(self._held.pop(name).cpu(), shape, Path("weights"), name)
+
+    def exhaust(self) -> None:
+        """Takes what nobody needs, for a source whose other ranks do."""
+        self._held.clear()
+        for _ in self._coming:
+            pass
 
 
 class DummyWeights:

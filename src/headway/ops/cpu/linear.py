@@ -30,14 +30,14 @@ class CpuLinear:
     ) -> None:
         n, k = weight_NK.shape
         self.out_features, self.in_features, self.gated = n, k, gated
-        self._kernels = kernels
+        self._kernels, self._threads = kernels, threads
         code = abi.INT8 if quantization == "int8" else CODE[dtype]
         panels = -(-n // 2 // 16) if gated else -(-n // 32)
         # k is padded as activation rows are (headway.ops.cpu.program): to whole groups of 64 for int8.
         groups = -(-k // 64) * 16 if code == abi.INT8 else -(-k // ELEMENTS_PER_WORD[code])
         self._words = arena.take(panels * groups * 32, torch.int32)
         self._scale = torch.zeros(2, panels * 32) if code == abi.INT8 else None
-        self._bias = None if bias_N is None else self._pack_bias(bias_N, panels)
+        self._bias = None if bias_N is None else torch.zeros(panels, 32)
         self.struct = abi.Linear(
             self._words.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
@@ -45,25 +45,30 @@ class CpuLinear:
             None if self._scale is None else self._scale[1].data_ptr(),
             n, k, panels, groups, code, int(gated),
         )  # fmt: skip
+        self.fill(weight_NK, bias_N)
+
+    def fill(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        if self._bias is not None and bias_N is not None:
+            self._fill_bias(self._bias, bias_N.float())
         source = weight_NK if weight_NK.dtype in CODE and weight_NK.stride(1) == 1 else weight_NK.float().contiguous()
         scale = (None, None) if self._scale is None else (self._scale[0].data_ptr(), self._scale[1].data_ptr())
-        kernels.pack(self.struct, source.data_ptr(), CODE[source.dtype], source.stride(0), *scale, threads)
+        self._kernels.pack(self.struct, source.data_ptr(), CODE[source.dtype], source.stride(0), *scale, self._threads)
 
-    def _pack_bias(self, bias_N: Tensor, panels: int) -> Tensor:
-        packed = torch.zeros(panels, 32)
-        if self.gated:
-            gate, up = bias_N.float().chunk(2)
-            for half, values in ((packed[:, :16], gate), (packed[:, 16:], up)):
-                flat = torch.zeros(panels * 16)
-                flat[: len(values)] = values
-                half.copy_(flat.view(panels, 16))
-        else:
-            packed.view(-1)[: len(bias_N)] = bias_N.float()
-        return packed
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self._words, self._scale, self._bias) if t is not None]
+
+    def _fill_bias(self, packed: Tensor, bias_N: Tensor) -> None:
+        if not self.gated:
+            packed.view(-1)[: len(bias_N)] = bias_N
+            return
+        for half, values in zip((packed[:, :16], packed[:, 16:]), bias_N.chunk(2), strict=True):
+            flat = torch.zeros(half.numel())
+            flat[: len(values)] = values
+            half.copy_(flat.view(-1, 16))
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._words, self._scale, self._bias) if t is not None)
+        return sum(t.nbytes for t in self.tensors())
 
     def rows(self, ids_T: Tensor) -> Tensor:
         """float32 [T, K]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 _HUGE = 2 << 20
 _CHUNK = 32 << 20
+_DONTNEED = 4  # of madvise, on Linux
 
 
 def huge_memory(nbytes: int) -> Tensor:
@@ -21,6 +23,17 @@ def huge_memory(nbytes: int) -> Tensor:
     memory = np.frombuffer(mapping, np.uint8)
     start = -memory.ctypes.data % _HUGE
     return torch.from_numpy(memory[start : start + nbytes])
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Gives a tensor's memory back to the system; it stays where it is and reads as zeros until written again.
+
+    The first and last page stay, where other things may be too.
+    """
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start and ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED):
+        raise OSError(f"madvise of {end - start} bytes failed")
 
 
 class Arena:

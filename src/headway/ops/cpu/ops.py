@@ -32,6 +32,9 @@ class CpuKVCache:
     def nbytes(self) -> int:
         return self.storage.numel()
 
+    def tensors(self) -> list[Tensor]:
+        return [self.storage]
+
 
 class CpuOps(ReferenceOps):
     """What is not overridden here runs in plain torch (encoder attention, rotary in op-by-op models)."""

@@ -1,0 +1,90 @@
+"""Other weights for a running engine, and its sleep: what reinforcement learning does between rollouts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from headway.errors import ConfigError, EngineError
+from headway.executor import Executor
+from headway.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Weights = str | PathLike[str] | Iterable[tuple[str, Tensor]]
+
+
+class Upkeep:
+    """Of an engine without requests: it may sleep, and its weights may be unfit; ``check`` raises while they are."""
+
+    def __init__(self, executor: Executor, scheduler: Scheduler) -> None:
+        self._executor, self._scheduler = executor, scheduler
+        self._level = 0
+        self._lacks = ""  # why the weights cannot be used
+
+    @property
+    def asleep(self) -> bool:
+        return self._level > 0
+
+    def check(self) -> None:
+        """Raises EngineError where requests cannot run."""
+        if self._level:
+            raise EngineError("the engine sleeps: wake_up() first")
+        if self._lacks:
+            raise EngineError(f"{self._lacks}: update_weights() first")
+
+    def update_weights(self, weights: Weights) -> None:
+        """See LLM.update_weights."""
+        self._check_idle()
+        self._scheduler.drop_prefix_cache()
+        self._lacks = "the last update of the weights failed, they may be a mixture"
+        if isinstance(weights, (str, PathLike)):
+            self._executor.call("update_weights", fspath(weights))
+        elif self._executor.in_process:
+            self._executor.call("update_weights", weights)
+        else:
+            with tempfile.TemporaryDirectory(prefix="headway-") as folder:
+                self._executor.call("update_weights", _save(weights, Path(folder)))
+        self._lacks = ""
+
+    def sleep(self, level: Literal[1, 2]) -> None:
+        """See LLM.sleep."""
+        if level not in (1, 2):
+            raise ConfigError("level", level, "must be 1 (the KV cache) or 2 (the weights too)")
+        self._check_idle()
+        self._scheduler.drop_prefix_cache()
+        self._level = max(self._level, level)
+        if level == 2:
+            self._lacks = "the weights are asleep"
+        self._executor.call("sleep", level)
+
+    def wake_up(self) -> None:
+        """See LLM.wake_up."""
+        if self._level == 2 and self._lacks:
+            self._executor.call("reload_weights")
+            self._lacks = ""
+        self._level = 0
+
+    def _check_idle(self) -> None:
+        if self._scheduler.has_requests:
+            raise EngineError("requests are running: wait for their end, or abort them")
+
+
+def _save(weights: Iterable[tuple[str, Tensor]], folder: Path) -> str:
+    """For workers in other processes. Returns the file's path."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, tensor in weights:
+        plain = tensor.detach().cpu().contiguous()
+        shared = plain.data_ptr() in seen  # which the format does not have
+        seen.add(plain.data_ptr())
+        tensors[name] = plain.clone() if shared else plain
+    file = folder / "model.safetensors"
+    save_file(tensors, file)
+    return str(file)
