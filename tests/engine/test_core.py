@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -179,3 +181,22 @@ def test_structured_output_without_a_library_is_refused() -> None:
         core.add(make_request(structured=StructuredOutput(regex="a")))
     assert not core.has_work()
     core.close()
+
+
+def test_threads_hand_over_sooner_while_an_engine_runs() -> None:
+    usual = sys.getswitchinterval()
+    first, second = make_engine(), make_engine()
+    assert sys.getswitchinterval() < usual
+    first.close()
+    first.close()
+    assert sys.getswitchinterval() < usual
+    second.close()
+    assert sys.getswitchinterval() == usual
+
+
+def test_an_engine_that_is_dropped_leaves_the_interval_as_it_was() -> None:
+    usual = sys.getswitchinterval()
+    core = make_engine()
+    del core
+    gc.collect()
+    assert sys.getswitchinterval() == usual

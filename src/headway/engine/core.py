@@ -28,6 +28,7 @@ from headway.config import EngineConfig
 from headway.engine.constraints import Constraints
 from headway.engine.grammar import GrammarBackend, Matcher
 from headway.engine.metrics import ENCODE, OUTSIDE, SCHEDULE, UPDATE, EngineMetrics, StepClock
+from headway.engine.switching import switch_soon
 from headway.engine.trace import Trace
 from headway.engine.upkeep import Upkeep
 from headway.errors import EngineDead
@@ -64,6 +65,7 @@ class EngineCore:
         self._scheduler = Scheduler(config, self._constraints.accept)
         self.upkeep = Upkeep(executor, self._scheduler)
         self._clock = StepClock(trace)
+        self._switch_as_before = switch_soon(self)
         self._in_flight: deque[_InFlight] = deque()
         self._failed: list[EngineOutput] = []  # by their constraint, since the last step()
         self._dead: BaseException | None = None
@@ -125,6 +127,7 @@ class EngineCore:
             self._dead = EngineDead("the engine was closed")
         self._in_flight.clear()
         self._clock.close()
+        self._switch_as_before()
         self._executor.close(timeout)
 
     def _step(self) -> list[EngineOutput]:
