@@ -19,8 +19,9 @@ import pytest
 from headway import LLM, SamplingParams
 from headway.config import EngineConfig, ModelConfig, ParallelConfig
 from headway.errors import EngineDead, EngineError, ModelError, WorkerDied, WorkerError
-from headway.executor.channel import wire
-from headway.executor.mp import MpExecutor
+from headway.executor.launcher import Placement
+from headway.executor.mp import MpExecutor, MpLauncher
+from headway.executor.remote import RemoteExecutor
 from headway.messages import StepPlan
 
 RAISE, DIE, STOP, SLEEP, BIG, GARBAGE, UNASKED = range(1, 8)  # see small_worker.py
@@ -143,6 +144,37 @@ def test_masks_may_follow_later_plans(make: Make) -> None:
     assert [f.result().tokens for f in (*masked, last)] == [b"one", b"two", bytes(8)]
 
 
+class Far(MpLauncher):
+    """Treats some ranks of this node as if they were on another."""
+
+    def __init__(self, *remote: int) -> None:
+        super().__init__()
+        self._remote = remote
+
+    def place(self) -> Placement:
+        return Placement(remote=frozenset(self._remote), store="127.0.0.1:1")
+
+
+@pytest.mark.parametrize("remote", [(1,), (0,), (0, 1)], ids=["one here, one there", "results from there", "all there"])
+def test_ranks_on_other_nodes_are_like_all_others(make: Make, remote: tuple[int, ...]) -> None:
+    files = open_files()
+    executor = RemoteExecutor(make(2)._config, Far(*remote), "small_worker:SmallWorker")  # pyright: ignore
+    try:
+        info = executor.start()
+        futures = [executor.submit(plan(step, BIG, 0, 3_000_000, size=5_000_000)) for step in range(3)]
+        assert [len(future.result().tokens) for future in futures] == [3_000_000] * 3
+        masked = executor.submit(StepPlan(step=3, runs=b"", masked_slots=[0]))
+        executor.mask(3, {0: b"mask"})
+        assert masked.result().tokens == b"mask"
+        assert executor.call("echo", 5) == [[0, 5], [1, 5]]
+        os.kill(info.pids[1], signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="rank 1"):
+            executor.submit(plan(4, SLEEP, 0, 60_000)).result()
+    finally:
+        executor.close()
+    assert gone(info.pids) and open_files() == files
+
+
 def test_an_exception_in_a_step_of_any_rank_ends_it_at_once(make: Make) -> None:
     executor = make(2)
     executor.start()
@@ -229,14 +261,16 @@ def test_garbage_from_a_worker_is_an_error_that_names_its_rank(make: Make, what:
         executor.submit(plan(1, what, 0)).result()
 
 
-def test_garbage_to_a_worker_ends_it_with_an_error(make: Make) -> None:
+def test_close_does_not_wait_for_room_in_the_ring(make: Make) -> None:
     executor = make(1)
     executor.start()
-    future = executor.submit(plan(1, SLEEP, 0, 50))
-    executor._mail.send(wire.Call("not a number", "echo", []))  # pyright: ignore
-    with pytest.raises(WorkerError, match="ValidationError"):
-        executor.submit(plan(2)).result()
-    assert future.exception() is None
+    executor.submit(plan(1, STOP))
+    with ThreadPoolExecutor(1) as threads:
+        blocked = threads.submit(executor.submit, plan(2, size=9_000_000))
+        assert settles(lambda: executor._mail._end._plans._head)  # pyright: ignore
+        executor.close(0.1)
+        with pytest.raises(EngineDead):
+            blocked.result(5)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ class Mail:
         self._calls: dict[int, _Reply] = {}
         self._ids = itertools.count()
         self._dead: dict[int, int | None] = {}
+        self._closing = False
         self._lock = threading.RLock()
         self._bell, self._bell_lock = end.engine_bell(1), threading.Lock()
 
@@ -100,9 +101,22 @@ class Mail:
             self._steps[plan.step] = future
         return future
 
-    def send(self, message: wire.Masks | wire.Close) -> None:
+    def mask(self, step: int, masks: dict[int, bytes]) -> None:
         with self._lock:
-            self._send(message)
+            self._send(wire.Masks(step, masks))
+
+    def close(self) -> bool:
+        """Tells the workers to end, and EngineDead to whoever still waits. Whether the workers could be told."""
+        self._closing = True
+        self.ring()
+        with self._lock:
+            try:
+                self._send(wire.Close())
+            except EngineError:
+                return False
+            finally:
+                self.fail(EngineDead("the executor was closed"))
+        return True
 
     def call(self, method: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
         """Every rank's answer in order. Raises what one raised, at once, and TimeoutError."""
@@ -193,6 +207,8 @@ class Mail:
     def _wait_for_room(self, seen: int, deadline: float | None) -> None:
         self.take()
         self.check()
+        if self._closing:
+            raise EngineDead("the executor was closed")
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             self.stalled("a plan was not read")

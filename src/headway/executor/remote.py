@@ -17,7 +17,6 @@ from msgspec.structs import replace as replace_fields
 
 from headway.config import EngineConfig
 from headway.errors import EngineDead, EngineError
-from headway.executor.channel import wire
 from headway.executor.channel.shared import EngineEnd, Layout
 from headway.executor.launcher import WORKER, Launcher, Placement, Ticket
 from headway.executor.mail import Mail
@@ -58,7 +57,7 @@ class RemoteExecutor:
         return self._running().submit(plan)
 
     def mask(self, step: int, masks: dict[int, bytes]) -> None:
-        self._running().send(wire.Masks(step, masks))
+        self._running().mask(step, masks)
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
         """args and results: what MessagePack has (numbers, strings, bytes, lists, dicts)."""
@@ -76,14 +75,8 @@ class RemoteExecutor:
     def close(self, timeout: float = 5.0) -> None:
         """Workers that do not end within the timeout are killed; those of a failed engine at once."""
         self._closed = True
-        mail = self._mail
-        if mail is not None:
-            try:
-                mail.send(wire.Close())
-            except EngineError:
-                timeout = 0.0
-            mail.fail(EngineDead("the executor was closed"))
-        self._launcher.close(timeout)
+        told = self._mail is not None and self._mail.close()
+        self._launcher.close(timeout if told else 0.0)
         if self._hub is not None:
             self._hub.close()
             self._hub = None
