@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
 
 HEAD = f"""
 import json, os, sys, time
-from headway import LLM, SamplingParams
+from headway import LLM, SamplingParams, StructuredOutput
 from headway.errors import HeadwayError
 RANK = int(os.environ["RANK"])
 MODEL, OUT = "smollm2-135m-instruct", sys.argv[1]
@@ -54,7 +54,17 @@ with LLM(MODEL, **SETTINGS, kv_cache_memory_bytes=(4 + RANK) << 20) as llm:
     outputs = [[c.token_ids, str(c.logprobs)] for o in llm.generate(prompts, params) for c in o.outputs]
     different = error_of(lambda: llm.generate(["Yes", "No"][RANK]))
     again = error_of(lambda: llm.generate("Yes"))
-tell(other_seed=other_seed, info=info, outputs=outputs, different=different, again=again)
+with LLM(MODEL, **SETTINGS | {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}) as llm:
+    params = [
+        SamplingParams(temperature=0, max_tokens=8, logprobs=2),
+        SamplingParams(temperature=1, max_tokens=8, seed=1),
+        SamplingParams(temperature=0, max_tokens=8, structured=StructuredOutput(regex="[a-f]+")),
+    ]
+    staged = [[[o.outputs[0].token_ids, str(o.outputs[0].logprobs)] for o in llm.generate(prompts[:3], params)]]
+    llm.sleep(2)
+    llm.wake_up()
+    staged += [[[o.outputs[0].token_ids, str(o.outputs[0].logprobs)] for o in llm.generate(prompts[:3], params)]]
+tell(other_seed=other_seed, info=info, outputs=outputs, different=different, again=again, staged=staged)
 """
 )
 
@@ -95,6 +105,10 @@ def test_ranks_under_torchrun_agree_and_give_the_same_outputs(tmp_path: Path) ->
     assert "executor external_launcher (given): 2 ranks of 1 thread" in ranks[0]["info"][0]
     assert ranks[0]["outputs"] == ranks[1]["outputs"]
     assert [len(tokens) for tokens, _ in ranks[0]["outputs"]] == [12] * 9
+
+    assert ranks[0]["staged"] == ranks[1]["staged"]
+    first, after_sleep = ranks[0]["staged"]
+    assert first == after_sleep and "Logprob" in first[0][1]
 
     for rank in ranks:
         kind, message, seconds = rank["different"]

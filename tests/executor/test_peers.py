@@ -10,7 +10,7 @@ from queue import Queue
 import pytest
 
 from headway.errors import EngineDead, EngineError, WorkerDied, WorkerError
-from headway.executor.peers import Failure, Peers, Steps
+from headway.executor.peers import Failure, Peers, Result, Steps
 
 
 class Ranks:
@@ -22,9 +22,9 @@ class Ranks:
         connections = [{rank + 1: pair[0] for rank, pair in enumerate(pairs)}, {0: self.far[0]}, {0: self.far[1]}]
         self.peers = [Peers(rank, 3, own) for rank, own in enumerate(connections)]
         self.errors: list[Future[EngineError]] = [Future() for _ in range(3)]
-        self.steps: list[Queue[Steps]] = [Queue() for _ in range(3)]
-        for peers, error, steps in zip(self.peers, self.errors, self.steps, strict=True):
-            peers.listen(steps.put, error.set_result, lambda: None)
+        self.news: list[Queue[Steps | Result]] = [Queue() for _ in range(3)]
+        for peers, error, news in zip(self.peers, self.errors, self.news, strict=True):
+            peers.listen(news.put, error.set_result, lambda: None)
 
     def __enter__(self) -> Ranks:
         return self
@@ -85,7 +85,7 @@ def test_who_has_said_goodbye_is_not_waited_for(ranks: Ranks) -> None:
 
 
 def test_steps_are_passed_on_to_all_others(ranks: Ranks) -> None:
-    ranks.peers[1].report({7: 1234})
+    ranks.peers[1].tell(Steps(1, {7: 1234}))
     for rank in (0, 2):
-        assert ranks.steps[rank].get(timeout=5) == Steps(1, {7: 1234})
-    assert ranks.steps[1].empty()
+        assert ranks.news[rank].get(timeout=5) == Steps(1, {7: 1234})
+    assert ranks.news[1].empty()

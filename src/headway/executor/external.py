@@ -31,7 +31,7 @@ import msgspec
 from headway.config import EngineConfig, machine_facts
 from headway.config.machine import Launched
 from headway.errors import ConfigError, EngineDead, EngineError
-from headway.executor.peers import TICK_S, Failure, Peers, Steps, join, own_address
+from headway.executor.peers import TICK_S, Failure, Peers, Result, Steps, join, own_address
 from headway.executor.uni import Masks, UniExecutor, local_worker
 from headway.messages import RankGroup, StepPlan, StepResult, WorkerInfo
 
@@ -60,6 +60,13 @@ class ExternalExecutor:
         self._digest = 0
         self._digests: dict[int, int] = {}
         self._rank = 0
+        # Only the last pipeline stage has the results; its first rank passes them on.
+        self._awaited: dict[int, Future[Any]] = {}
+
+    @property
+    def _first_of_last_stage(self) -> int:
+        parallel = self._config.parallel
+        return parallel.ranks - parallel.tensor_parallel_size
 
     def start(self) -> WorkerInfo:
         """Waits for the other ranks; raises what the first of them raises."""
@@ -89,10 +96,17 @@ class ExternalExecutor:
             self._digests.pop(plan.step - _HISTORY, None)
             if plan.starts:
                 self._check_starts(plan.step)
-        return self._settled(uni.submit(plan))
+        if self._rank >= self._first_of_last_stage:
+            return self._settled(uni.submit(plan))
+        result = self._settled()
+        self._awaited[plan.step] = result
+        uni.submit(plan).add_done_callback(partial(self._fail_if_failed, result))
+        return result
 
     def mask(self, step: int, masks: Masks) -> None:
-        self._running().mask(step, masks)
+        uni = self._running()
+        if self._rank >= self._first_of_last_stage:
+            uni.mask(step, masks)
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
         return self._running().call(method, *args, timeout=timeout)
@@ -122,7 +136,7 @@ class ExternalExecutor:
         one_node = launched.local_world_size == launched.world_size
         peers = join(key, self._rank, size, one_node=one_node)
         self._peers = peers
-        peers.listen(_weakly(self._compare), _weakly(self._fail_waiting), _weakly(self._tick))
+        peers.listen(_weakly(self._hear), _weakly(self._fail_waiting), _weakly(self._tick))
         weakref.finalize(self, peers.close)  # also at the end of a script that closes nothing
         self._agree(peers)
         self._memory = _share_memory(peers, one_node)
@@ -174,28 +188,39 @@ class ExternalExecutor:
         accepted = "every rank must make the same calls with the same arguments"
         return EngineError(f"ranks {self._rank} and {rank} run different requests at step {step}: {accepted}")
 
-    def _settled(self, inner: Future[Any]) -> Future[Any]:
-        """A future that the worker's thread settles, or the failure of another rank."""
-        if self._peers is None:
+    def _settled(self, inner: Future[Any] | None = None) -> Future[Any]:
+        """A future that ``inner`` settles, or the failure of another rank."""
+        if self._peers is None and inner is not None:
             return inner
         outer: Future[Any] = Future()
         with self._lock:
             if self._error is not None:
                 raise self._error
             self._waiting[outer] = time.monotonic()
-        inner.add_done_callback(partial(self._settle, outer))
+        if inner is not None:
+            inner.add_done_callback(partial(self._settle, outer))
         return outer
 
     def _settle(self, outer: Future[Any], inner: Future[Any]) -> None:
-        with self._lock:
-            if self._waiting.pop(outer, None) is None:
-                return
+        if self._fail_if_failed(outer, inner):
+            return
+        result = inner.result()
+        if self._peers is not None and self._first_of_last_stage == self._rank > 0 and isinstance(result, StepResult):
+            self._peers.tell(Result(result.step, msgspec.msgpack.encode(result)))
+        if self._takes(outer):
+            outer.set_result(result)
+
+    def _fail_if_failed(self, outer: Future[Any], inner: Future[Any]) -> bool:
         error = inner.exception()
-        if error is None:
-            outer.set_result(inner.result())
-        else:
+        if error is not None and self._takes(outer):
             self._tell(error)
             outer.set_exception(error)
+        return error is not None
+
+    def _takes(self, future: Future[Any]) -> bool:
+        """Whether it is still waited for; true once."""
+        with self._lock:
+            return self._waiting.pop(future, None) is not None
 
     def _tell(self, error: BaseException) -> None:
         if self._peers is not None and self._error is None and not isinstance(error, EngineDead):
@@ -212,6 +237,14 @@ class ExternalExecutor:
         for future in waiting:
             future.set_exception(error)
 
+    def _hear(self, news: Steps | Result) -> None:
+        if isinstance(news, Steps):
+            self._compare(news)
+        elif (future := self._awaited.pop(news.step, None)) is not None:
+            result = msgspec.msgpack.decode(news.data, type=StepResult)
+            if self._takes(future):
+                future.set_result(result)
+
     def _compare(self, other: Steps) -> None:
         """Another rank waits long, and tells what it runs."""
         for step, digest in other.digests.items():
@@ -227,7 +260,7 @@ class ExternalExecutor:
         if self._peers.gone:
             self._fail_waiting(EngineDead(f"rank {min(self._peers.gone)} has closed its engine"))
         else:
-            self._peers.report(dict(self._digests))
+            self._peers.tell(Steps(self._rank, dict(self._digests)))
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:

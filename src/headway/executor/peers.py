@@ -59,6 +59,13 @@ class Steps(msgspec.Struct, tag=True, frozen=True):
     digests: dict[int, int]
 
 
+class Result(msgspec.Struct, tag=True, frozen=True):
+    """A step's StepResult, as MessagePack, for the ranks of earlier pipeline stages."""
+
+    step: int
+    data: bytes
+
+
 class Failure(msgspec.Struct, tag=True, frozen=True):
     """Rank ``rank`` cannot go on; kind None: its process has ended."""
 
@@ -79,7 +86,7 @@ class Bye(msgspec.Struct, tag=True, frozen=True):
     rank: int
 
 
-Message = Hello | Value | Values | Steps | Failure | Bye
+Message = Hello | Value | Values | Steps | Result | Failure | Bye
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
@@ -98,16 +105,19 @@ class Peers:
         self._gone: set[int] = set()
         self._error: EngineError | None = None
         self._closed = False
-        self._on_steps: Callable[[Steps], None] | None = None
+        self._on_news: Callable[[Steps | Result], None] | None = None
         self._on_error: Callable[[EngineError], None] | None = None
         self._tick: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._read, name="headway-peers", daemon=True)
 
     def listen(
-        self, on_steps: Callable[[Steps], None], on_error: Callable[[EngineError], None], tick: Callable[[], None]
+        self,
+        on_news: Callable[[Steps | Result], None],
+        on_error: Callable[[EngineError], None],
+        tick: Callable[[], None],
     ) -> None:
         """Starts the thread, on which all three are called; on_error at most once."""
-        self._on_steps, self._on_error, self._tick = on_steps, on_error, tick
+        self._on_news, self._on_error, self._tick = on_news, on_error, tick
         self._thread.start()
 
     @property
@@ -130,8 +140,9 @@ class Peers:
             values = self._values.pop(turn)
         return [values[rank] for rank in range(self.size)]
 
-    def report(self, digests: dict[int, int]) -> None:
-        self._to_all(Steps(self.rank, digests))
+    def tell(self, news: Steps | Result) -> None:
+        """Tells all other ranks."""
+        self._to_all(news)
 
     def fail(self, failure: Failure) -> None:
         """Tells everybody, this rank too."""
@@ -181,9 +192,9 @@ class Peers:
             return
         if not self.rank:
             self._to_all(message, but=sender)
-        if isinstance(message, Steps):
-            assert self._on_steps is not None
-            self._on_steps(message)
+        if isinstance(message, (Steps, Result)):
+            assert self._on_news is not None
+            self._on_news(message)
         elif isinstance(message, Failure):
             self._end(message.error())
         elif isinstance(message, Bye):
