@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from ray.util.placement_group import PlacementGroup
 
 from headway.config import RayConfig
 from headway.errors import EngineError
+
+_log = logging.getLogger("headway")
+_SILENT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,11 @@ class Seat:
 
 
 class Group:
-    """The placement group of one engine."""
+    """The placement group of one engine.
+
+    Ray gives it back when the engine's program dies. It does not when a Ray actor dies that the engine ran in, until the
+    program ends: an engine in an actor that may be restarted belongs into a group that its owner made around it.
+    """
 
     def __init__(self, config: RayConfig) -> None:
         """Finds room in the group around this process, or asks for a group of its own; wait() comes next."""
@@ -40,8 +48,13 @@ class Group:
 
     def wait(self) -> list[Seat]:
         """The seats, in the order of the bundles. Raises EngineError when the time is over."""
-        if not self.handle.wait(self._config.timeout_s):
-            raise EngineError(_lacking(self._config))
+        timeout = self._config.timeout_s
+        if not self.handle.wait(min(timeout, _SILENT_S)):
+            if timeout > _SILENT_S:
+                _log.warning("waiting up to placement_group_timeout_s=%g for Ray: %s", timeout, _lacking(self._config))
+            if not self.handle.wait(max(timeout - _SILENT_S, 0)):
+                had = f"Ray had no room for this engine within placement_group_timeout_s={timeout:g}"
+                raise EngineError(f"{had}: {_lacking(self._config)}")
         nodes = placement_group_table(self.handle)["bundles_to_node_id"]
         return [Seat(i, nodes[i], wanted) for i, wanted in zip(self._bundles, self._config.bundles)]
 
@@ -94,7 +107,6 @@ def _lacking(config: RayConfig) -> str:
     ]
     asked = ", ".join(_amounts(sorted(bundle), bundle) for bundle in config.bundles)
     return (
-        f"Ray had no room for this engine within placement_group_timeout_s={config.timeout_s:g}: "
         f"asked for {len(config.bundles)} bundle(s), {config.strategy}: {asked}; the cluster has {'; '.join(nodes)}; "
         f"free now, in all: {_amounts(names, free)}"
     )
