@@ -29,8 +29,8 @@ class Seat:
 class Group:
     """The placement group of one engine.
 
-    Ray gives it back when the engine's program dies. It does not when a Ray actor dies that the engine ran in, until the
-    program ends: an engine in an actor that may be restarted belongs into a group that its owner made around it.
+    Ray gives it back when the engine's program dies, but not before that when a Ray actor dies that the engine ran in:
+    an engine in an actor that may be restarted belongs into a group that the program made around it.
     """
 
     def __init__(self, config: RayConfig) -> None:
