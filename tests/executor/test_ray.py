@@ -52,9 +52,14 @@ def cluster() -> Generator[str]:
 def nothing_is_left(cluster: str) -> Generator[None]:
     before = ray.cluster_resources()
     yield
+    wait_until(lambda: (ray.available_resources(), rank_processes(), groups()), (before, [], []))
+
+
+def wait_until(state: Callable[[], Any], wanted: object) -> None:
+    """Ray ends processes of other nodes, and frees what they held, in its own time."""
     deadline = time.monotonic() + 5
-    while ray.available_resources() != before or rank_processes() or groups():
-        assert time.monotonic() < deadline, (ray.available_resources(), rank_processes(), groups())
+    while (now := state()) != wanted:
+        assert time.monotonic() < deadline, now
         time.sleep(0.01)
 
 
@@ -122,10 +127,10 @@ def test_engines_of_one_program_have_a_group_each_and_give_it_back(make: Make) -
     assert len(groups()) == 2 and len(rank_processes()) == 3
     assert second.call("echo", "x") == [[0, "x"], [1, "x"]]
     first.close()
-    assert len(groups()) == 1 and len(rank_processes()) == 2
+    assert len(groups()) == 1 and len(rank_processes()) == 2  # the first one's rank was here
     assert second.submit(StepPlan(step=7)).result(5).step == 7
     second.close()
-    assert not groups() and not rank_processes()
+    assert not groups()
 
 
 def test_a_cluster_without_room_is_told_with_what_it_has_and_what_was_asked(make: Make) -> None:
@@ -136,8 +141,9 @@ def test_a_cluster_without_room_is_told_with_what_it_has_and_what_was_asked(make
     message = str(caught.value)
     for part in (
         "placement_group_timeout_s=0.5: asked for 2 bundle(s), PACK: {CPU: 1, here: 1}, {CPU: 4}",
-        "{CPU: 2, here: 2}; node",
-        "{CPU: 1, here: 0}; free now, in all: {CPU: 3, here: 2}",
+        "{CPU: 2, here: 2}",
+        "{CPU: 1, here: 0}",
+        "free now, in all: {CPU: 3, here: 2}",
     ):
         assert part in message
 
@@ -155,7 +161,7 @@ def test_a_failed_start_is_told_and_leaves_nothing(
 ) -> None:
     with pytest.raises(error, match=message):
         make(HERE, THERE, model=model).start()
-    assert not groups() and not rank_processes()
+    assert not groups()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
