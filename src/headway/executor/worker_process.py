@@ -148,7 +148,10 @@ def main() -> None:
     threading.Thread(target=_await_end, args=(pipe,), name="headway-parent", daemon=True).start()
     ticket = Ticket.decode(data)
     libc.prctl(_PR_SET_NAME, f"headway-rank{ticket.rank}".encode())
-    sys.exit(run(ticket))
+    status = run(ticket)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # to take torch down in order takes a second, and the process is gone anyway
 
 
 def _read(pipe: int, size: int) -> bytes:
