@@ -6,6 +6,7 @@
 namespace headway {
 
 enum DType : int32_t { F32 = 0, BF16 = 1, INT8 = 2, F16 = 3 };
+enum Quant : int32_t { Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 };  // GGUF's numbers
 enum Act : int32_t { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU = 2, ACT_GELU_TANH = 3, ACT_RELU = 4 };
 
 // A packed weight. Columns (output features) come in panels of 32; a panel is [groups of k][32] 32-bit words, a word

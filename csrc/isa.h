@@ -33,6 +33,6 @@ namespace ISA {
 #include "operations.h"
 
 extern const Kernels kernels = {ISA_NAME, run_step, op_linear, op_norm, op_rows, op_write_kv, op_attention, pack,
-                                op_all_reduce};
+                                op_all_reduce, dequantise};
 }  // namespace ISA
 }  // namespace headway

@@ -15,5 +15,6 @@ struct Kernels {
                     int32_t);
   void (*pack)(Linear*, const void*, int32_t, int64_t, float*, int32_t*, int32_t);
   int (*all_reduce)(Group*, float*, int64_t, int32_t);
+  void (*dequantise)(const void*, int32_t, int64_t, int32_t, void*, int32_t);
 };
 }  // namespace headway

@@ -58,6 +58,39 @@ static void op_attention(const KvLayout* kv, int64_t layer, const Runs* runs, in
   });
 }
 
+// Blocks of 32 quantised weights, as GGUF files hold them: d (and m) in float16, then the numbers.
+// Q4: byte i has number i in its low half, number i + 16 in its high half.
+INLINE void dequantise_block(const uint8_t* block, int32_t kind, v16& first, v16& second) {
+  uint16_t d, m = 0;
+  memcpy(&d, block, 2);
+  if (kind == Q8_0) {
+    first = __builtin_convertvector(*(const v16s8_any*)(block + 2), v16);
+    second = __builtin_convertvector(*(const v16s8_any*)(block + 18), v16);
+  } else {
+    if (kind == Q4_1) memcpy(&m, block + 2, 2);
+    const v16b q = *(const v16b_any*)(block + (kind == Q4_1 ? 4 : 2));
+    first = __builtin_convertvector(q & 15, v16), second = __builtin_convertvector(q >> 4, v16);
+    if (kind == Q4_0) first -= 8.f, second -= 8.f;
+  }
+  const float scale = half_to_float(d), least = half_to_float(m);
+  first = first * scale + least, second = second * scale + least;  // the products are exact
+}
+
+static void dequantise(const void* source, int32_t kind, int64_t blocks, int32_t dtype, void* out, int32_t threads) {
+  const int64_t size = kind == Q4_0 ? 18 : kind == Q4_1 ? 20 : 34;
+  region(threads, 1, [&](Team team) {
+    team.each(blocks, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; b++) {
+        v16 first, second;
+        dequantise_block((const uint8_t*)source + b * size, kind, first, second);
+        if (dtype == BF16)
+          Bf16Words::store16((uint16_t*)out + b * 32, first), Bf16Words::store16((uint16_t*)out + b * 32 + 16, second);
+        else store((float*)out + b * 32, first), store((float*)out + b * 32 + 16, second);
+      }
+    });
+  });
+}
+
 // A row of any float type as float32; null is a row of zeros.
 INLINE void read_row(float* row, const void* from, int32_t dtype, int64_t k) {
   if (!from) memset(row, 0, k * sizeof(float));

@@ -9,6 +9,7 @@ typedef uint16_t v16h __attribute__((vector_size(32)));
 typedef uint16_t v16h_any __attribute__((vector_size(32), aligned(2), may_alias));
 
 typedef uint8_t v16b __attribute__((vector_size(16)));
+typedef int8_t v16s8_any __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint8_t v16b_any __attribute__((vector_size(16), aligned(1), may_alias));
 
 #define INLINE inline __attribute__((always_inline))

@@ -65,7 +65,7 @@ def _load_decoder(
     packer = DecoderPacker(
         spec,
         families.weight_map(checkpoint),
-        open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed, dtype=dtype),
+        open_weights(path, checkpoint, ops, load_format=config.load_format, seed=config.seed, dtype=dtype),
         ops,
         dtype,
         quantization=config.quantization,
@@ -106,7 +106,7 @@ def _load_encoder(
     if shard.pipeline_size > 1:
         raise ConfigError("pipeline_parallel_size", shard.pipeline_size, "must be 1 for an encoder: use replicas")
     dtype: torch.dtype = getattr(torch, config.dtype)
-    source = open_weights(path, checkpoint, load_format=config.load_format, seed=config.seed, dtype=dtype)
+    source = open_weights(path, checkpoint, ops, load_format=config.load_format, seed=config.seed, dtype=dtype)
     packer = EncoderPacker(spec, shard, source, ops, dtype, config.quantization)
     weights = packer.weights()
     packer.release_source()

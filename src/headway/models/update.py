@@ -36,7 +36,8 @@ def update_weights(model: CausalModel | EncoderModel, config: ModelConfig, weigh
         if _spec(described) != _spec(read_config(Path(config.path))):
             raise ModelError(f"{path}: its configuration makes another model than {config.path}")
         dtype: torch.dtype = getattr(torch, config.dtype)
-        packer.refill(open_weights(path, described, load_format=load_format, seed=config.seed, dtype=dtype))
+        source = open_weights(path, described, packer.ops, load_format=load_format, seed=config.seed, dtype=dtype)
+        packer.refill(source)
     else:
         source = StreamedWeights(weights)
         packer.refill(source)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from headway.ops.program import ProgramBuilder
@@ -94,6 +96,10 @@ class Ops(Protocol):
 
         gated: the rows are gate then up, N/2 each; such a weight is used with gated_linear only.
         """
+        ...
+
+    def dequantise(self, quantisation: str, blocks: NDArray[np.uint8], out: Tensor) -> bool:
+        """uint8 blocks of a GGUF quantisation ("Q4_1", ...) to contiguous bfloat16 or float32; False where it cannot."""
         ...
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, *, activation: Activation | None = None) -> Tensor:

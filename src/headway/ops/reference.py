@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from headway.ops.port import Activation, AttentionMetadata, KVCache, PackedLinear
@@ -108,6 +110,9 @@ class ReferenceOps:
         assert quantization == "int8", quantization
         weight, scale = _to_int8(weight_NK)
         return ReferenceLinear(weight, bias, scale)
+
+    def dequantise(self, quantisation: str, blocks: NDArray[np.uint8], out: Tensor) -> bool:
+        return False
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, *, activation: Activation | None = None) -> Tensor:
         y = cast(ReferenceLinear, weight).apply(x_TK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from headway.errors import ModelError
 from headway.gguf import GGUFFile, GGUFTensor
 from headway.models.loading.config import Config
 
+if TYPE_CHECKING:
+    from headway.ops.port import Ops
+
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 # Blocks dequantised at a time: they stay in cache until they are rounded to the compute type.
 _CHUNK = 1 << 12
@@ -21,15 +24,15 @@ _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c
 
 
 class GGUFWeights:
-    """The gguf package supplies names and dequantisation; it is imported here, where a GGUF file is at hand."""
+    """The gguf package supplies names, and dequantisation where ``ops`` has none; it is imported here, when needed."""
 
-    def __init__(self, path: Path, config: Config, dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, config: Config, dtype: torch.dtype, ops: Ops) -> None:
         import gguf
         import gguf.quants
 
         self._gguf: Any = gguf
         self._file = GGUFFile(path)
-        self._config, self._dtype = config, dtype
+        self._config, self._dtype, self._ops = config, dtype, ops
         self._threads = ThreadPoolExecutor(torch.get_num_threads())
         self._llama = config["model_type"] == "llama"
         arch = self._gguf.MODEL_ARCH[config["model_type"].upper()]
@@ -64,6 +67,8 @@ class GGUFWeights:
         if tensor.type_name in _FLOATS:
             return torch.from_numpy(raw.view(_FLOATS[tensor.type_name]).reshape(tensor.shape).copy())
         out = torch.empty(tensor.num_elements, dtype=self._dtype)
+        if self._ops.dequantise(tensor.type_name, raw, out):
+            return out.view(tensor.shape)
         block_size, block_bytes = self._gguf.GGML_QUANT_SIZES[tensor.type_id]
 
         def dequantise(block: int) -> None:

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 from headway.errors import ModelError
 from headway.models.loading.config import Config, is_gguf
 from headway.models.loading.safetensors_file import StoredTensor, read_header, read_headers
+
+if TYPE_CHECKING:
+    from headway.ops.port import Ops
 
 
 class WeightSource(Protocol):
@@ -26,9 +29,11 @@ class WeightSource(Protocol):
         ...
 
 
-def open_weights(path: Path, config: Config, *, load_format: str, seed: int, dtype: torch.dtype) -> WeightSource:
-    """The weights of a directory, a GGUF or a .safetensors file; random ones for load_format "dummy". dtype: what GGUF
-    dequantises to, and random weights are drawn in."""
+def open_weights(
+    path: Path, config: Config, ops: Ops, *, load_format: str, seed: int, dtype: torch.dtype
+) -> WeightSource:
+    """The weights of a directory, a .safetensors or a GGUF file, which ``ops`` dequantises to ``dtype``; random ones in
+    ``dtype`` for load_format "dummy"."""
     if load_format == "dummy":
         return DummyWeights(seed, dtype)
     if path.suffix == ".safetensors":
@@ -36,7 +41,7 @@ def open_weights(path: Path, config: Config, *, load_format: str, seed: int, dty
     if is_gguf(path):
         from headway.models.loading.gguf_weights import GGUFWeights
 
-        return GGUFWeights(path, config, dtype)
+        return GGUFWeights(path, config, dtype, ops)
     headers = read_headers(path)
     if headers:
         return SafetensorsWeights(path, headers)

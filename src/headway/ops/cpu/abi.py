@@ -96,6 +96,7 @@ class Kernels(C.Structure):
         ("attention", C.CFUNCTYPE(None, _P(KvLayout), _i64, _P(Runs), _i64, _ptr, _i64, _ptr, _i64, _f32, _i64, _i32)),
         ("pack", C.CFUNCTYPE(None, _P(Linear), _ptr, _i32, _i64, _ptr, _ptr, _i32)),
         ("all_reduce", C.CFUNCTYPE(C.c_int, _P(Group), _ptr, _i64, _i32)),
+        ("dequantise", C.CFUNCTYPE(None, _ptr, _i32, _i64, _i32, _ptr, _i32)),
     ]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headway.errors import ConfigError
@@ -17,6 +19,8 @@ from headway.ops.cpu.program import CpuProgramBuilder
 from headway.ops.port import Activation, AttentionMetadata
 from headway.ops.program import LinearMode, NormKind
 from headway.ops.reference import ReferenceOps
+
+_QUANTISATIONS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}  # csrc/abi.h, Quant: blocks of 32
 
 
 @dataclass(slots=True)
@@ -63,6 +67,15 @@ class CpuOps(ReferenceOps):
         gated: bool = False,
     ) -> CpuLinear:
         return CpuLinear(self.kernels, self.threads, self._arena, weight_NK, bias_N, dtype, quantization, gated)
+
+    def dequantise(self, quantisation: str, blocks: NDArray[np.uint8], out: Tensor) -> bool:
+        if quantisation not in _QUANTISATIONS or out.dtype not in (torch.bfloat16, torch.float32):
+            return False
+        kind = _QUANTISATIONS[quantisation]
+        self.kernels.dequantise(
+            blocks.ctypes.data, kind, out.numel() // 32, CODE[out.dtype], out.data_ptr(), self.threads
+        )
+        return True
 
     def linear(self, x_TK: Tensor, weight: CpuLinear, *, activation: Activation | None = None) -> Tensor:
         out = x_TK.new_empty(len(x_TK), weight.struct.panels * 32)
