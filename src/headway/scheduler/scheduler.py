@@ -24,18 +24,16 @@ from copy import copy
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
-from headway.cache import KvCache, extend_digests
+from headway.cache import extend_digests
 from headway.config import EngineConfig
 from headway.errors import RequestError
 from headway.messages import EngineOutput, Request, SlotStart, StepPlan, StepResult
-from headway.messages.outputs import FinishReason
 from headway.scheduler.checks import check, runs_whole
-from headway.scheduler.decodes import Decodes
 from headway.scheduler.flight import Chunk, InFlight, encode_runs, slot_start
-from headway.scheduler.queue import WaitingQueue
-from headway.scheduler.slots import Slots, SlotTable
+from headway.scheduler.results import Results
+from headway.scheduler.sequences import Sequences
+from headway.scheduler.slots import Slots
 from headway.scheduler.state import RequestState
 from headway.scheduler.stats import EngineStats
 
@@ -44,58 +42,44 @@ class Scheduler:
     """accept(request id, token): told each token of structured requests; False ends the request with an error."""
 
     def __init__(self, config: EngineConfig, accept: Callable[[str, int], bool] | None = None) -> None:
-        scheduler, cache, model = config.scheduler, config.cache, config.model
-        num_slots = min(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        sequences = self._sequences = Sequences(config)
+        self._results = Results(sequences, accept)
+        self._waiting, self._slots, self._kv = sequences.waiting, sequences.slots, sequences.kv
+        self._prefilling, self._decodes, self._stats = sequences.prefilling, sequences.decodes, sequences.stats
         self._config = config
-        self._accept = accept
-        self._budget = scheduler.max_num_batched_tokens
-        self._by_priority = scheduler.policy == "priority"
+        self._budget = config.scheduler.max_num_batched_tokens
+        self._by_priority = config.scheduler.policy == "priority"
         self._whole = runs_whole(config)
-        self._encoder = model.runner == "pooling"
-        self._caching = cache.enable_prefix_caching and not self._encoder
-        self._waiting = WaitingQueue(self._by_priority)
-        self._slots = SlotTable(num_slots, model.max_model_len)
-        self._kv = KvCache(
-            num_blocks=max(cache.num_blocks, 1),
-            block_size=cache.block_size,
-            num_slots=num_slots,
-            max_model_len=model.max_model_len,
-            prefix_caching=self._caching,
-        )
         self._watermark = self._kv.pool.total // 100
-        self._states: dict[str, RequestState] = {}
         self._arrivals = 0
-        self._prefilling: list[RequestState] = []
-        stages = config.parallel.pipeline_parallel_size
-        self._decodes = Decodes(self._slots, stages, scheduler.depth)
-        self._last: deque[Slots] = deque(maxlen=stages)  # what the last plans run
-        self._releases: list[int] = []
+        self._last: deque[Slots] = deque(maxlen=config.parallel.pipeline_parallel_size)  # what the last plans run
         self._in_flight: deque[InFlight] = deque()
-        self._stats = EngineStats(blocks_total=self._kv.pool.total)
         self._step = 0
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._states)
+        return bool(self._sequences.states)
 
     def add(self, request: Request) -> None:
         """Raises RequestError for a request that can never run; nothing has changed then."""
-        if request.request_id in self._states:
+        if request.request_id in self._sequences.states:
             raise RequestError("request_id", request.request_id, "is in use by a request that has not finished")
         prompt = check(request, self._config)
         state = RequestState(request, self._arrivals, prompt)
         self._arrivals += 1
-        self._states[request.request_id] = state
+        self._sequences.states[request.request_id] = state
         self._waiting.append(state)
 
     def abort(self, request_id: str, error: str | None = None) -> EngineOutput | None:
         """Ends a request now, whatever is in flight, because of an error if one is given; None if it is not here."""
-        state = self._states.get(request_id)
-        return None if state is None else self._finish(state, "abort" if error is None else "error", error=error)
+        state = self._sequences.states.get(request_id)
+        if state is None:
+            return None
+        return self._sequences.finish(state, "abort" if error is None else "error", error=error)
 
     def drop_prefix_cache(self) -> None:
         """What the cache holds is not what the model would compute. Only while there are no requests."""
-        assert not self._states, "requests hold blocks"
+        assert not self._sequences.states, "requests hold blocks"
         self._kv.pool.drop_cached()
 
     def request_at(self, slot: int) -> str:
@@ -109,7 +93,9 @@ class Scheduler:
         self._stats.steps = self._step
         return copy(self._stats)
 
-    # Planning ---------------------------------------------------------------------------------------------------------
+    def update(self, result: StepResult) -> list[EngineOutput]:
+        """Takes in the oldest unanswered plan's result; outputs for requests that ended or stream."""
+        return self._results.take(self._in_flight.popleft(), result)
 
     def plan(self) -> StepPlan | None:
         """What to run next, None if nothing can. Each plan is answered by one ``update``, in order."""
@@ -125,17 +111,17 @@ class Scheduler:
         slots = decodes
         if chunks:
             slots = np.concatenate((decodes, np.array([chunk.state.slot for chunk in chunks], np.int64)))
-        repeats = len(self._last) == self._last.maxlen and not (starts or self._releases)
+        repeats = len(self._last) == self._last.maxlen and not (starts or self._sequences.releases)
         plan = StepPlan(
             step=self._step,
-            releases=self._releases,
+            releases=self._sequences.releases,
             starts=starts,
             blocks=blocks,
             runs=encode_runs(slots, chunks, self._last[0] if repeats else None),
             masked_slots=self._masked_slots(decodes, chunks),
         )
         self._in_flight.append(InFlight(self._step, slots, self._slots.epoch[slots], chunks, plan.masked_slots))
-        self._releases = []
+        self._sequences.releases = []
         self._last.append(slots)
         self._advance(decodes, chunks)
         self._step += 1
@@ -154,7 +140,7 @@ class Scheduler:
         """Sends the last in rank back to the queue. Requests that only await their last token are left alone."""
         victims = [*self._prefilling, *(self._slots.occupant(slot) for slot in self._decodes.all().tolist())]
         victim = max(victims, key=self._rank)
-        self._vacate(victim)
+        self._sequences.vacate(victim)
         if victim.wants_prompt_logprobs:
             victim.prompt_logprobs.clear()
         self._waiting.push_front(victim)
@@ -210,7 +196,7 @@ class Scheduler:
         return Chunk(state, tokens, int(self._slots.computed[state.slot]) + tokens)
 
     def _find_hits(self, state: RequestState) -> list[int]:
-        if not self._caching or not state.may_reuse:
+        if not self._sequences.caching or not state.may_reuse:
             return []
         extend_digests(state.digests, state.tokens, self._kv.block_size, state.request.cache_salt)
         return self._kv.find(state.digests, len(state.tokens))
@@ -219,7 +205,7 @@ class Scheduler:
         """Gives a waiting request a slot and its blocks; None if there are too few blocks now."""
         slot, size = self._slots.next_free(), len(state.tokens)
         blocks: list[int] | None = []
-        if not self._encoder:
+        if not self._sequences.encoder:
             blocks = self._kv.claim(slot, hits, size, self._spare_blocks(state))
         if blocks is None:
             return None
@@ -269,143 +255,3 @@ class Scheduler:
                 joining.append(slot)
         if joining:
             self._decodes.join(joining, self._step)
-
-    # Results ----------------------------------------------------------------------------------------------------------
-
-    def update(self, result: StepResult) -> list[EngineOutput]:
-        """Takes in the oldest unanswered plan's result; outputs for requests that ended or stream."""
-        flight = self._in_flight.popleft()
-        tokens = np.frombuffer(result.tokens, np.int32)
-        assert flight.step == result.step, f"result of step {result.step}, expected {flight.step}"
-        assert tokens.size == flight.slots.size, f"{tokens.size} tokens for {flight.slots.size} runs"
-        slots = flight.slots
-        live = self._slots.epoch[slots] == flight.epochs
-        outputs: list[EngineOutput] = []
-        if flight.chunks:
-            first = slots.size - len(flight.chunks)
-            for row, chunk in enumerate(flight.chunks, first):
-                if live[row]:
-                    self._take_chunk(chunk, bool(tokens[row] >= 0), result, outputs)
-            live &= tokens >= 0
-        if not live.all():
-            slots, tokens = slots[live], tokens[live]
-        assert not slots.size or tokens.min() >= 0, "a decode came back without a token"
-        if slots.size:
-            self._take_tokens(slots, tokens, flight, result, outputs)
-        return outputs
-
-    def _take_chunk(self, chunk: Chunk, sampled: bool, result: StepResult, outputs: list[EngineOutput]) -> None:
-        """A piece of a live request's prompt is computed."""
-        state, slot = chunk.state, chunk.state.slot
-        complete = chunk.end == self._slots.known[slot]
-        assert sampled == (complete and state.request.pooling is None), f"{state.id}: sampled={sampled} at {chunk.end}"
-        if self._caching:
-            self._register(state, chunk.end)
-        if state.wants_prompt_logprobs:
-            state.prompt_logprobs.extend(result.prompt_logprobs[slot])
-        if not complete:
-            return
-        state.prefilled = True
-        if state.request.pooling is not None:
-            outputs.append(self._finish(state, "stop", pooled=result.pooled[slot]))
-
-    def _take_tokens(
-        self,
-        slots: Slots,
-        tokens: npt.NDArray[np.int32],
-        flight: InFlight,
-        result: StepResult,
-        outputs: list[EngineOutput],
-    ) -> None:
-        """A new token for each of these slots, all live."""
-        ended = self._slots.append(slots, tokens)
-        self._stats.generated_tokens += slots.size
-        if result.logprobs:
-            for slot in slots.tolist():
-                if slot in result.logprobs:
-                    self._slots.occupant(slot).logprobs.append(result.logprobs[slot])
-        refused = self._refused(slots[~ended], tokens[~ended], flight.masked) if flight.masked else ()
-        report = ended | self._slots.stream[slots]
-        if refused:
-            report |= np.isin(slots, refused)
-        for row in np.flatnonzero(report).tolist():
-            slot, token = int(slots[row]), int(tokens[row])
-            state = self._slots.occupant(slot)
-            if slot in refused:
-                outputs.append(self._finish(state, "error", error=f"token {token} does not fit the constraint"))
-            elif not ended[row]:
-                outputs.append(self._output(state))
-            elif self._slots.stops_at(slot, token):
-                outputs.append(self._finish(state, "stop", stop_reason=state.named_stop(token)))
-            else:
-                outputs.append(self._finish(state, "length"))
-
-    def _refused(self, slots: Slots, tokens: npt.NDArray[np.int32], masked: list[int]) -> list[int]:
-        """Tells ``accept`` the new tokens of structured requests; slots whose constraint forbids theirs."""
-        assert self._accept is not None, "a structured request needs accept"
-        new = dict(zip(slots.tolist(), tokens.tolist()))
-        return [s for s in masked if s in new and not self._accept(self._slots.occupant(s).id, new[s])]
-
-    # One request ------------------------------------------------------------------------------------------------------
-
-    def _register(self, state: RequestState, computed: int) -> None:
-        """Makes the request's full blocks findable, up to ``computed`` positions."""
-        tokens = self._slots.tokens[state.slot, :computed]
-        extend_digests(state.digests, tokens, self._kv.block_size, state.request.cache_salt)
-        full = computed // self._kv.block_size
-        self._kv.register(state.slot, state.digests, state.registered, full)
-        state.registered = max(state.registered, full)
-
-    def _vacate(self, state: RequestState) -> None:
-        """The only way out of a slot: frees it and its blocks, whatever is in flight."""
-        slot = state.slot
-        if self._caching and state.prefilled:
-            # Decoded blocks become findable here, once, and not step by step. The last token's position may not be
-            # computed yet.
-            self._register(state, int(self._slots.known[slot]) - 1)
-        if state in self._prefilling:
-            self._prefilling.remove(state)
-        if not self._encoder:
-            self._kv.release(slot)
-        self._slots.leave(state)
-        self._releases.append(slot)
-        self._decodes.left()
-        state.prefilled = False
-        state.registered = 0
-
-    def _finish(
-        self,
-        state: RequestState,
-        reason: FinishReason,
-        *,
-        stop_reason: int | None = None,
-        pooled: bytes | None = None,
-        error: str | None = None,
-    ) -> EngineOutput:
-        """The request's last output; it is gone afterwards."""
-        output = self._output(state)
-        output.finish_reason = reason
-        output.stop_reason = stop_reason
-        output.pooled = pooled
-        output.error = error
-        if state.slot >= 0:
-            self._vacate(state)
-        else:
-            self._waiting.remove(state)
-        del self._states[state.id]
-        return output
-
-    def _output(self, state: RequestState) -> EngineOutput:
-        """What is new of a request since its last output."""
-        tokens = state.tokens
-        if state.slot >= 0:
-            tokens = self._slots.tokens[state.slot, : self._slots.known[state.slot]]
-        new = tokens[state.prompt_len + state.delivered :].tolist()
-        state.delivered += len(new)
-        output = EngineOutput(request_id=state.id, token_ids=new, num_cached_tokens=max(state.cached_tokens, 0))
-        sampling = state.request.sampling
-        if sampling is not None and sampling.logprobs is not None:
-            output.logprobs, state.logprobs = state.logprobs, []
-        if sampling is not None and sampling.prompt_logprobs is not None and not state.prompt_logprobs_delivered:
-            output.prompt_logprobs, state.prompt_logprobs_delivered = state.prompt_logprobs, True
-        return output
