@@ -99,7 +99,7 @@ class Ops(Protocol):
         ...
 
     def dequantise(self, quantisation: str, blocks: NDArray[np.uint8], out: Tensor) -> bool:
-        """uint8 blocks of a GGUF quantisation ("Q4_1", ...) to contiguous bfloat16 or float32; False where it cannot."""
+        """uint8 blocks of a GGUF quantisation ("Q4_1", ...) to contiguous bfloat16 or float32; whether it could."""
         ...
 
     def linear(self, x_TK: Tensor, weight: PackedLinear, *, activation: Activation | None = None) -> Tensor:

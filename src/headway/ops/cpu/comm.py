@@ -25,13 +25,24 @@ class SharedComm:
     """A Comm, and what programs exchange their partial results through; ``struct`` is what C++ reads."""
 
     def __init__(
-        self, kernels: abi.Kernels, threads: int, memory: int, *, region: int, rank: int, size: int, first_rank: int
+        self,
+        kernels: abi.Kernels,
+        threads: int,
+        memory: int,
+        *,
+        region: int,
+        rank: int,
+        size: int,
+        first_rank: int,
+        store: object,
     ) -> None:
         """memory: a memfd that the ranks share, of which this group uses one region. first_rank: the engine's name of
-        rank 0. Waits for the other ranks, and raises EngineError when they do not come or WorkerDied when they end.
+        rank 0. store: kept alive, because other ranks may still use it.
+
+        Waits for the other ranks, and raises EngineError when they do not come or WorkerDied when they end.
         """
         self._kernels, self._threads, self._memory, self._region = kernels, threads, memory, region
-        self._first_rank = first_rank
+        self._first_rank, self._store = first_rank, store
         os.ftruncate(memory, MEMORY_BYTES)
         self._pidfd = np.full(size, -1, np.int32)
         first_part = -(-size * abi.SIGNAL_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
