@@ -71,13 +71,22 @@ tell(other_seed=other_seed, info=info, outputs=outputs, different=different, aga
 LONELY = (
     HEAD
     + """
+from headway.worker import worker
+def no_disk(*_):
+    raise ValueError("no disk")
+load = worker.load_model
+if RANK == 1:
+    worker.load_model = no_disk
+broken = error_of(lambda: LLM(MODEL, **SETTINGS))
+worker.load_model = load
+
 llm = LLM(MODEL, **SETTINGS)
 def last_words(output):
     if RANK == 1:
         os.kill(os.getpid(), 9)
 params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 short = SamplingParams(temperature=0, max_tokens=4)
-tell(died=error_of(lambda: llm.generate(["One", "Two"], [short, params], on_output=last_words)))
+tell(broken=broken, died=error_of(lambda: llm.generate(["One", "Two"], [short, params], on_output=last_words)))
 """
 )
 
@@ -117,7 +126,7 @@ def test_ranks_under_torchrun_agree_and_give_the_same_outputs(tmp_path: Path) ->
         assert rank["again"][0] == "EngineDead"
 
 
-def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
+def test_a_rank_that_fails_or_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(LONELY)
     port = str(free_port())
@@ -136,8 +145,9 @@ def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    kind, message, seconds = said(tmp_path, 0)["died"]
-    assert (kind, message) == ("WorkerDied", "rank 1 ended") and seconds < 30
+    errors = said(tmp_path, 0)
+    assert errors["broken"][:2] == ["WorkerError", "rank 1: ValueError: no disk"]
+    assert errors["died"][:2] == ["WorkerDied", "rank 1 ended"] and errors["died"][2] < 30
 
 
 def test_a_launch_of_independent_replicas_needs_no_meeting(monkeypatch: pytest.MonkeyPatch) -> None:

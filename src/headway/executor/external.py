@@ -30,7 +30,7 @@ import msgspec
 
 from headway.config import EngineConfig, machine_facts
 from headway.config.machine import Launched
-from headway.errors import ConfigError, EngineDead, EngineError
+from headway.errors import ConfigError, EngineDead, EngineError, WorkerDied, WorkerError
 from headway.executor.peers import TICK_S, Failure, Peers, Result, Steps, join, own_address
 from headway.executor.uni import Masks, UniExecutor, local_worker
 from headway.messages import RankGroup, StepPlan, StepResult, WorkerInfo
@@ -213,8 +213,8 @@ class ExternalExecutor:
     def _fail_if_failed(self, outer: Future[Any], inner: Future[Any]) -> bool:
         error = inner.exception()
         if error is not None and self._takes(outer):
+            outer.set_exception(self._own(error))
             self._tell(error)
-            outer.set_exception(error)
         return error is not None
 
     def _takes(self, future: Future[Any]) -> bool:
@@ -222,10 +222,22 @@ class ExternalExecutor:
         with self._lock:
             return self._waiting.pop(future, None) is not None
 
+    def _own(self, error: BaseException) -> BaseException:
+        """UniExecutor knows no rank but 0."""
+        if isinstance(error, WorkerError):
+            return WorkerError(self._rank, error.kind, error.message, error.remote_traceback)
+        return error
+
     def _tell(self, error: BaseException) -> None:
-        if self._peers is not None and self._error is None and not isinstance(error, EngineDead):
-            trace = "".join(traceback.format_exception(error))
-            self._peers.fail(Failure(self._rank, type(error).__name__, str(error), trace))
+        """Tells the other ranks why this one cannot go on."""
+        if self._peers is None or self._error is not None or isinstance(error, EngineDead):
+            return
+        failure = Failure(self._rank, type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+        if isinstance(error, WorkerDied):
+            failure = Failure(error.rank, None)
+        elif isinstance(error, WorkerError):
+            failure = Failure(self._rank, error.kind, error.message, error.remote_traceback)
+        self._peers.fail(failure)
 
     # The peers' thread ------------------------------------------------------------------------------------------------
 

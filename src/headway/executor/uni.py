@@ -49,7 +49,7 @@ class _Mailbox:
     def __init__(self) -> None:
         self.jobs: SimpleQueue[tuple[Future[Any], str, tuple[Any, ...]] | None] = SimpleQueue()
         self.masks: SimpleQueue[tuple[int, Masks] | None] = SimpleQueue()
-        self.error: WorkerError | None = None
+        self.error: EngineError | None = None
         self.closing = False
         self.ended = threading.Event()
 
@@ -197,7 +197,7 @@ def _answer(worker: UniWorker, box: _Mailbox, future: Future[Any], method: str, 
         future.set_exception(EngineDead("the executor was closed"))
     except BaseException as error:
         if method == "step":
-            box.error = _worker_error(error)
+            box.error = _engine_error(error)
         future.set_exception(box.error or _portable(error))
     else:
         future.set_result(result)
@@ -217,6 +217,11 @@ def _refuse_rest(box: _Mailbox) -> None:
 def _portable(error: BaseException) -> BaseException:
     """Without its traceback, whose frames would keep the model alive."""
     return error.with_traceback(None) if isinstance(error, HeadwayError) else _worker_error(error)
+
+
+def _engine_error(error: BaseException) -> EngineError:
+    """Of a step: that of another rank, which died, or of this one."""
+    return error.with_traceback(None) if isinstance(error, EngineError) else _worker_error(error)
 
 
 def _worker_error(error: BaseException) -> WorkerError:
