@@ -72,13 +72,12 @@ def imported() -> None:
 @pytest.mark.parametrize(
     ("parallel", "rank"),
     [
-        ({}, 0),
-        ({"tensor_parallel_size": 2}, 0),
-        ({"tensor_parallel_size": 2}, 1),
-        ({"pipeline_parallel_size": 2}, 0),
-        ({"pipeline_parallel_size": 2}, 1),
+        pytest.param({}, 0, id="alone"),
+        pytest.param({"tensor_parallel_size": 2}, 0, id="tensor rank 0", marks=pytest.mark.long),
+        pytest.param({"tensor_parallel_size": 2}, 1, id="tensor rank 1"),
+        pytest.param({"pipeline_parallel_size": 2}, 0, id="first stage"),
+        pytest.param({"pipeline_parallel_size": 2}, 1, id="last stage", marks=pytest.mark.long),
     ],
-    ids=["alone", "tensor rank 0", "tensor rank 1", "first stage", "last stage"],
 )
 def test_callers_learn_of_a_killed_worker_within_two_seconds(parallel: dict[str, int], rank: int) -> None:
     before = what_is_left()
@@ -94,7 +93,7 @@ def test_callers_learn_of_a_killed_worker_within_two_seconds(parallel: dict[str,
     assert what_is_left() == before and not any(map(alive, pids))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_callers_learn_of_a_stopped_worker_within_the_time_limit(rank: int) -> None:
     before = what_is_left()
     with LLM("smollm2-135m-instruct", **SMALL, tensor_parallel_size=2, step_timeout_s=1) as llm:
