@@ -166,6 +166,11 @@ def test_torchruns_own_omp_num_threads_is_no_choice() -> None:
     assert settled(machine=launched(2, omp_num_threads=3), **external).device.threads == 3
 
 
+def test_processes_of_a_launch_leave_each_other_room_whatever_they_start() -> None:
+    assert settled(machine=launched(4, omp_num_threads=1)).device.threads == 1
+    assert settled(machine=launched(1), pipeline_parallel_size=2).device.threads == 2
+
+
 def test_given_settings_win_and_are_marked_as_given() -> None:
     config = settled(max_num_seqs=7, dtype="float32", threads=1, async_scheduling=False, served_model_name="x")
     assert (config.scheduler.max_num_seqs, config.model.dtype, config.device.threads) == (7, "float32", 1)

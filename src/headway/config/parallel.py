@@ -57,12 +57,13 @@ def split_layers(num_layers: int, stages: int, head_layers: float) -> tuple[int,
 
 def ranks_on_this_node(parallel: ParallelConfig, machine: MachineFacts, weights: int) -> int:
     """Ranks that share this node's cores and memory. weights: bytes of the whole model."""
-    if parallel.executor == "external_launcher" and machine.launched is not None:
-        return machine.launched.local_world_size
+    processes = 1 if machine.launched is None else machine.launched.local_world_size
+    if parallel.executor == "external_launcher":
+        return processes
     if parallel.executor == "ray":  # as many as fit; other nodes are taken to be like this one
         fitting = machine.free_memory * parallel.ranks // max(weights, 1)
         return max(1, min(parallel.ranks, machine.cores, fitting))
-    return parallel.ranks
+    return parallel.ranks * processes  # each of which may start an engine
 
 
 def _executor(choices: Choices, machine: MachineFacts, ranks: int, weights: int) -> str:
