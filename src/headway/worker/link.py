@@ -167,11 +167,14 @@ def open_links(config: EngineConfig, rank: int, group: RankGroup, hidden_size: i
         peer = target if source == stage else source
         return SocketLink(gloo, peer * tensor_size + tensor_rank, tag=source, slots=shape[0])
 
-    return Links(
+    links = Links(
         rows_in=link(stage - 1, rows) if stage else None,
         rows_out=link(stage, rows) if stage < stages - 1 else None,
         tokens=link(stages - 1, tokens) if stage in (0, stages - 1) else None,
     )
+    if memory is not None and memory != group.memory:
+        os.close(memory)
+    return links
 
 
 def _map(memory: int, index: int, size: int) -> mmap.mmap:
