@@ -40,15 +40,6 @@ def test_throughput_classifies_and_embeds(capsys) -> None:
         assert report["rows_per_s"] > 0
 
 
-def test_a_trace_of_a_benchmark_shows_its_steps(tmp_path: Path, capsys) -> None:
-    trace = tmp_path / "trace.json"
-    sizes = ["--input-len", "8", "--output-len", "3", "--num-prompts", "1"]
-    assert main(["bench", "latency", *ENGINE, *sizes, "--trace", str(trace)]) == 0
-    report = json.loads(capsys.readouterr().out)
-    steps = [event["name"] for event in json.loads(trace.read_text()) if event["name"].startswith("step")]
-    assert len(steps) == 2 * report["steps"] == 2 * 3  # the warm-up too
-
-
 def test_latency_reports_percentiles(tmp_path: Path, capsys) -> None:
     assert main(["bench", "latency", *ENGINE, "--input-len", "8", "--output-len", "5", "--num-prompts", "2"]) == 0
     report = json.loads(capsys.readouterr().out)

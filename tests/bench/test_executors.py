@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
@@ -153,3 +154,31 @@ def test_options_are_words_between_commas() -> None:
     assert words(" uni, mp,uni,,") == ["uni", "mp"]
     with pytest.raises(ConfigError):
         ExecutorsOptions(repeats=0)
+
+
+@pytest.mark.parametrize("executor", ["uni", "mp"])
+def test_a_trace_has_a_track_for_every_rank(tiny: list[str], executor: str, tmp_path: Path, capsys) -> None:
+    trace, ranks = tmp_path / "trace.json", 2 if executor == "mp" else 1
+    sizes = ["--input-len", "8", "--output-len", "3", "--num-prompts", "1", "--trace", str(trace), "-tp", str(ranks)]
+    assert main(["bench", "latency", *tiny, *sizes, "--distributed-executor-backend", executor]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"] * 2  # the warm-up too
+    events = json.loads(trace.read_text())
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert set(tracks.values()) == {"engine", *(f"rank {rank}" for rank in range(ranks))}
+    for track, name in tracks.items():
+        spans = [event for event in events if event["ph"] == "X" and event["tid"] == track]
+        if name != "engine":
+            names = [span["name"] for span in spans if span["name"].startswith("step")]
+            assert names == [f"step {i}" for i in range(steps)]
+        assert_nested(spans)
+
+
+def assert_nested(spans: list[dict[str, Any]]) -> None:
+    """No two overlap unless one holds the other; floats of this size are exact to a nanosecond or so."""
+    open_until: list[float] = []
+    for span in sorted(spans, key=lambda e: (e["ts"], -e["dur"])):
+        start, end = span["ts"], span["ts"] + span["dur"]
+        while open_until and open_until[-1] <= start + 0.01:
+            open_until.pop()
+        assert not open_until or end <= open_until[-1] + 0.01, span
+        open_until.append(end)

@@ -26,12 +26,13 @@ async def measure(options: LatencyOptions, args: EngineArgs) -> dict[str, Any]:
     """The report; times are milliseconds. Prefix caching is off unless asked for."""
     if args.enable_prefix_caching is None:
         args = replace(args, enable_prefix_caching=False)
-    warm_up, *prompts = random_prompts(options.input_len, options.num_prompts + 1, options.seed)
     params = SamplingParams(**sampling(options.output_len))
     first: list[float] = []
     each: list[float] = []
     gaps: list[float] = []
     async with AsyncLLM(**asdict(args)) as llm:
+        count, vocab_size = options.num_prompts + 1, llm.facts.vocab_size
+        warm_up, *prompts = random_prompts(options.input_len, count, options.seed, vocab_size)
         await _arrivals(llm, warm_up, params)
         before = llm.metrics().times
         for prompt in prompts:

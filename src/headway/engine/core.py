@@ -64,7 +64,8 @@ class EngineCore:
         self._constraints = Constraints(grammar, info.vocab_size)
         self._scheduler = Scheduler(config, self._constraints.accept)
         self.upkeep = Upkeep(executor, self._scheduler)
-        self._clock = StepClock(trace)
+        self._trace = trace
+        self._clock = StepClock(trace, config.parallel.ranks - config.parallel.tensor_parallel_size)
         self._switch_as_before = switch_soon(self)
         self._in_flight: deque[_InFlight] = deque()
         self._failed: list[EngineOutput] = []  # by their constraint, since the last step()
@@ -125,10 +126,22 @@ class EngineCore:
         """Idempotent. Steps in flight are let go, their results dropped."""
         if self._dead is None:
             self._dead = EngineDead("the engine was closed")
+            self._trace_other_ranks()
         self._in_flight.clear()
-        self._clock.close()
+        if self._trace is not None:
+            self._trace.close()
         self._switch_as_before()
         self._executor.close(timeout)
+
+    def _trace_other_ranks(self) -> None:
+        """Their steps, which they have kept; not of an executor whose call() reaches this rank alone."""
+        if self._trace is None or self.config.parallel.ranks == 1:
+            return
+        recorded = self._executor.call("recorded_steps", timeout=5.0)
+        if len(recorded) == self.config.parallel.ranks:
+            for rank, steps in enumerate(recorded):
+                if rank != self._clock.rank:
+                    self._trace.rank_steps(rank, steps)
 
     def _step(self) -> list[EngineOutput]:
         clock = self._clock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
 
     grammar: asked once the model is loaded, so that what it needs can be read meanwhile.
     """
-    trace = None if config.trace is None else Trace(config.trace)
+    trace = _open_trace(config)
     executor = make_executor(config)
     info = executor.start()
     try:
@@ -29,6 +30,12 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
         raise
     config = _as_started(config, info)
     return EngineCore(config, executor, _explained(info, config), backend, trace)
+
+
+def _open_trace(config: EngineConfig) -> Trace | None:
+    """Where every rank runs an engine, each writes a file of its own."""
+    rank = os.environ.get("RANK", "0") if config.parallel.executor == "external_launcher" else "0"
+    return None if config.trace is None else Trace(config.trace + (f".rank{rank}" if rank != "0" else ""))
 
 
 def _as_started(config: EngineConfig, info: WorkerInfo) -> EngineConfig:

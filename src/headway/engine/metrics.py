@@ -24,7 +24,7 @@ class StepTimes(msgspec.Struct, kw_only=True, frozen=True):
     to its result being here; 0 where the worker's clock is another machine's), update (results into outputs).
 
     On the rank that reports: prepare (the batch and its inputs), model (forward pass, logits), sample (tokens, and
-    waiting for masks), in_step (all of the time between taking a plan up and its result).
+    waiting for masks), in_step (from taking a plan up to its result, without waiting for other pipeline stages).
     """
 
     steps: int = 0
@@ -48,8 +48,8 @@ class StepTimes(msgspec.Struct, kw_only=True, frozen=True):
     def executor_tax(self) -> float:
         """Share of ``working`` in which the rank that reports was in no step: the model could have run and did not.
 
-        Whatever the cause: plans that come late, transport, threads that wait for each other, a caller that does not
-        come back for the next step. 0 before the first result.
+        Whatever the cause: plans that come late, transport, other pipeline stages, threads that wait for each other, a
+        caller that does not come back for the next step. 0 before the first result.
         """
         return max(0.0, 1.0 - self.in_step / self.working) if self.working else 0.0
 
@@ -82,8 +82,9 @@ class StepClock:
     rest() when none is left.
     """
 
-    def __init__(self, trace: Trace | None = None) -> None:
-        self._trace = trace
+    def __init__(self, trace: Trace | None = None, rank: int = 0) -> None:
+        """rank: whose results come."""
+        self._trace, self.rank = trace, rank
         self._resting = True
         self._last = 0
         self._worker_last = 0  # on the worker's clock, where its last step ended or could have begun
@@ -115,20 +116,16 @@ class StepClock:
         else:
             self._lap(COPY_BACK if start < end <= self._last else WAIT, now)
         self._steps += 1
-        self._worker["in_step"] += end - start
+        self._worker["in_step"] += end - start - times.get("wait", 0)
         for name in WORKER_PHASES:
             self._worker[name] += times.get(name, 0)
         if self._trace is not None:
-            self._trace.worker_step(result.step, min(self._worker_last, start), times, start, end)
+            self._trace.worker_step(self.rank, result.step, min(self._worker_last, start), times, start, end)
         self._worker_last = end
 
     def times(self) -> StepTimes:
         sums = dict(zip(ENGINE_PHASES, self._engine)) | self._worker
         return StepTimes(steps=self._steps, **{name: total / 1e9 for name, total in sums.items()})
-
-    def close(self) -> None:
-        if self._trace is not None:
-            self._trace.close()
 
     def _lap(self, phase: int, now: int) -> None:
         self._engine[phase] += now - self._last

@@ -1,4 +1,4 @@
-"""A trace of every step for chrome://tracing and ui.perfetto.dev: one track for the engine, one for the worker."""
+"""A trace of every step for chrome://tracing and ui.perfetto.dev: one track for the engine, one for each rank."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from headway.errors import ConfigError
 
-_ENGINE, _WORKER = 0, 1
-_PHASES = ("prepare", "model", "sample")
+_ENGINE = 0  # a rank's track is its number + 1
+_PHASES = ("wait", "prepare", "model", "sample")
 
 
 class Trace:
@@ -23,24 +23,32 @@ class Trace:
         except OSError as error:
             raise ConfigError("trace", path, f"cannot be written ({error.strerror})") from error
         self._lock = threading.Lock()  # close() comes from another thread than the events
-        names = {_ENGINE: "engine", _WORKER: "worker"}
-        tracks = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": t, "args": {"name": n}} for t, n in names.items()]
-        self._file.write("[\n" + ",\n".join(json.dumps(track) for track in tracks))
+        self._named = {_ENGINE}
+        self._file.write("[\n" + _name(_ENGINE, "engine"))
 
     def engine_phase(self, name: str, start: int, end: int) -> None:
         """Times are nanoseconds of the monotonic clock."""
         self._span(_ENGINE, name, start, end)
 
-    def worker_step(self, step: int, free: int, times: Mapping[str, int], start: int, end: int) -> None:
-        """A step, its phases inside it; before it, the time since ``free`` in which the worker had nothing to run."""
+    def worker_step(self, rank: int, step: int, free: int, times: Mapping[str, int], start: int, end: int) -> None:
+        """A step, its phases inside it; before it, the time since ``free`` in which the rank had nothing to run."""
+        track = rank + 1
         if start > free:
-            self._span(_WORKER, "idle", free, start)
-        self._span(_WORKER, f"step {step}", start, end)
+            self._span(track, "idle", free, start)
+        self._span(track, f"step {step}", start, end)
         for name in _PHASES:
             stop = min(start + times.get(name, 0), end)
             if stop > start:
-                self._span(_WORKER, name, start, stop)
+                self._span(track, name, start, stop)
             start = stop
+
+    def rank_steps(self, rank: int, steps: list[tuple[int, dict[str, int]]]) -> None:
+        """Those of a rank that sent no results."""
+        free = None
+        for step, times in steps:
+            start, end = times["start"], times["end"]
+            self.worker_step(rank, step, start if free is None else free, times, start, end)
+            free = end
 
     def close(self) -> None:
         """Idempotent; what comes later is dropped."""
@@ -52,5 +60,12 @@ class Trace:
     def _span(self, track: int, name: str, start: int, end: int) -> None:
         with self._lock:
             if not self._file.closed:
+                if track not in self._named:
+                    self._named.add(track)
+                    self._file.write(",\n" + _name(track, f"rank {track - 1}"))
                 times = f'"ts":{start / 1e3},"dur":{(end - start) / 1e3}'
                 self._file.write(f',\n{{"name":"{name}","ph":"X","pid":0,"tid":{track},{times}}}')
+
+
+def _name(track: int, name: str) -> str:
+    return json.dumps({"name": "thread_name", "ph": "M", "pid": 0, "tid": track, "args": {"name": name}})

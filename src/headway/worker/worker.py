@@ -42,6 +42,7 @@ class Worker:
         self._comm: SharedComm | GlooComm | None = None
         self._links: Links | None = None
         self._memory: WorkerMemory | None = None
+        self._recorded: list[tuple[int, dict[str, int]]] = []
 
     def load(self) -> WorkerInfo:
         """Loads and packs the weights, reserves the KV cache, runs one token. Raises what load_model raises."""
@@ -66,6 +67,7 @@ class Worker:
         self._memory = WorkerMemory(model, kv, config.model)
         prepared = time.perf_counter()
         self._warm_up()
+        self._recorded.clear()
         phases = {"load": loaded - began, "prepare": prepared - loaded, "warm-up": time.perf_counter() - prepared}
         return self._info(model, vocab_size, ops, kv, program, phases)
 
@@ -80,7 +82,13 @@ class Worker:
         with torch.inference_mode():
             result = self._runner.step(plan, masks)
         result.times_ns |= {"start": start, "end": time.perf_counter_ns()}
+        if self._config.trace is not None:
+            self._recorded.append((plan.step, result.times_ns))
         return result
+
+    def recorded_steps(self) -> list[tuple[int, dict[str, int]]]:
+        """Of an engine that writes a trace: step and times_ns of every step."""
+        return self._recorded
 
     def update_weights(self, weights: Weights) -> None:
         """Between steps: other weights in the place of these, from here on. See models.update."""
