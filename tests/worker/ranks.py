@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -27,12 +28,11 @@ class RankError(Exception):
 class Ranks:
     """``run`` calls job(worker, *args) on every rank at once; ``processes`` may be killed."""
 
-    def __init__(self, size: int, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(size)]
         self.processes = [
-            context.Process(target=_serve, args=(rank, size, pipes[rank][1], environment or {}), daemon=True)
-            for rank in range(size)
+            context.Process(target=_serve, args=(rank, pipes[rank][1]), daemon=True) for rank in range(size)
         ]
         self.pipes: list[Connection] = [mine for mine, _ in pipes]
         for process in self.processes:
@@ -40,13 +40,13 @@ class Ranks:
         for _, theirs in pipes:
             theirs.close()
 
-    def load(self, config: EngineConfig, *, store: str | None = None, shared: bool = True) -> list[bool]:
+    def load(self, config: EngineConfig, *, shared: bool = True) -> list[bool]:
         """A worker of tensor_parallel_size ranks on each; whether it has a program."""
         config = replace(config, parallel=ParallelConfig(tensor_parallel_size=len(self.processes)))
         memory = os.memfd_create("ranks") if shared else None
         path = None if memory is None else f"/proc/{os.getpid()}/fd/{memory}"
         try:
-            return self.run(_load, config, path, store)
+            return self.run(_load, config, path, f"127.0.0.1:{_free_port()}")
         finally:
             if memory is not None:
                 os.close(memory)
@@ -75,8 +75,14 @@ class Ranks:
             process.join()
 
 
-def _serve(rank: int, size: int, pipe: Connection, environment: dict[str, str]) -> None:
-    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(size), OMP_NUM_THREADS="1")
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
     worker: list[Any] = [rank, None]
     while True:
         try:
@@ -89,7 +95,7 @@ def _serve(rank: int, size: int, pipe: Connection, environment: dict[str, str]) 
             pipe.send((None, f"{type(error).__name__}: {error}"))
 
 
-def _load(state: list[Any], config: EngineConfig, path: str | None, store: str | None) -> bool:
+def _load(state: list[Any], config: EngineConfig, path: str | None, store: str) -> bool:
     rank, old = state
     if old is not None:
         old.close()

@@ -8,12 +8,11 @@ import msgspec
 class RankGroup(msgspec.Struct, frozen=True, kw_only=True):
     """Rank ``rank`` of ``size`` (pipeline_rank, tensor_rank = divmod(rank, tensor_parallel_size)).
 
-    memory: the number, in the worker's process, of an open memfd that all ranks share; they give it its size. Only for
-    ranks of one node, and the fastest there. store: "host:port" of a torch.distributed TCPStore that rank 0 serves, or
-    "env://" under torchrun, for everything else. One of them is needed where size > 1.
+    memory: the number, in the worker's process, of an open memfd that all ranks share where they are on one node; they
+    give it its size. store: "host:port" of a torch.distributed TCPStore that rank 0 serves, for everything else.
     """
 
     rank: int
     size: int
     memory: int | None = None
-    store: str | None = None
+    store: str

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import struct
-import time
 import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,7 +12,7 @@ import torch.distributed as dist
 
 from headway.errors import EngineError
 from headway.ops.cpu.abi import find_kernels
-from headway.ops.cpu.comm import MEMORY_BYTES, REGION_BITS, START_TIMEOUT_S, SharedComm
+from headway.ops.cpu.comm import START_TIMEOUT_S, SharedComm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,37 +56,36 @@ def open_comm(config: EngineConfig, rank: int, group: RankGroup | None) -> Share
     assert group is not None, "ranks need to be told how they reach each other"
     stage, tensor_rank = divmod(rank, size)
     kernels = find_kernels(config.device.isa) if config.device.ops == "cpu" else None
-    store, memory = None, group.memory
-    if memory is None:
+    memory, store = group.memory, None
+    if memory is None or kernels is None:
         store = open_store(group, stage)
         memory = share_memory(store, tensor_rank, size, willing=kernels is not None)
-    if memory is not None and kernels is not None:
-        return SharedComm(
-            kernels, config.device.threads, memory, region=stage, rank=tensor_rank, size=size, first_rank=stage * size
-        )
-    return GlooComm(store or _store_on_this_node(group.memory, stage, tensor_rank, size), tensor_rank, size)
+        if memory is None or kernels is None:
+            return GlooComm(store, tensor_rank, size)
+    return SharedComm(
+        kernels,
+        config.device.threads,
+        memory,
+        region=stage,
+        rank=tensor_rank,
+        size=size,
+        first_rank=stage * size,
+        store=store,
+    )
 
 
 def open_store(group: RankGroup, part: int | str) -> dist.Store:
-    """Keys of one stage of one replica, or of something else that some of its ranks share."""
-    assert group.store is not None, "neither shared memory nor a store"
-    if group.store == "env://":
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        world_rank = int(os.environ["RANK"])
-        serves = world_rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        prefix = f"headway/{world_rank // group.size}/{part}"
-    else:
-        host, _, text = group.store.rpartition(":")
-        port, serves, prefix = int(text), group.rank == 0, f"headway/{part}"
-    return dist.PrefixStore(prefix, _tcp_store(host, port, serves=serves))
-
-
-def _tcp_store(host: str, port: int, *, serves: bool) -> dist.TCPStore:
+    """Keys of one stage, or of something else that some ranks share. Rank 0 serves it for as long as it holds it."""
+    host, _, port = group.store.rpartition(":")
     try:
         timeout = timedelta(seconds=START_TIMEOUT_S)
-        return dist.TCPStore(host, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+        serves = group.rank == 0
+        store = dist.TCPStore(
+            host, int(port), is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
     except RuntimeError as error:
-        raise EngineError(f"the ranks' store at {host}:{port} does not answer: {error}") from error
+        raise EngineError(f"the ranks' store at {group.store} does not answer: {error}") from error
+    return dist.PrefixStore(f"headway/{part}", store)
 
 
 def share_memory(store: dist.Store, rank: int, size: int, *, willing: bool) -> int | None:
@@ -102,7 +98,11 @@ def share_memory(store: dist.Store, rank: int, size: int, *, willing: bool) -> i
     elif willing:
         memory = _open_memory(*store.get("memory").decode().split())
     store.set(f"has/{rank}", str(memory is not None))
-    if all(store.get(f"has/{other}") == b"True" for other in range(size)):
+    everyone = all(store.get(f"has/{other}") == b"True" for other in range(size))
+    store.set(f"done/{rank}", "")
+    if rank == 0:
+        store.wait([f"done/{other}" for other in range(size)])  # the store may end with this process's use of it
+    if everyone:
         return memory
     if memory is not None:
         os.close(memory)
@@ -115,20 +115,3 @@ def _open_memory(pid: str, descriptor: str, name: str) -> int | None:
         return os.open(path, os.O_RDWR) if name in os.readlink(path) else None
     except OSError:  # no such process here, or not ours
         return None
-
-
-def _store_on_this_node(memory: int | None, stage: int, rank: int, size: int) -> dist.Store:
-    """Rank 0 serves on a port of its own and leaves the number in the shared memory."""
-    assert memory is not None
-    os.ftruncate(memory, MEMORY_BYTES)
-    with mmap.mmap(memory, mmap.PAGESIZE, mmap.MAP_SHARED, offset=stage << REGION_BITS) as page:
-        if rank == 0:
-            store = _tcp_store("127.0.0.1", 0, serves=True)
-            struct.pack_into("<i", page, 0, store.port)
-            return store
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not (port := struct.unpack_from("<i", page)[0]):
-            if time.monotonic() > deadline:
-                raise EngineError(f"rank {stage * size} did not start within {START_TIMEOUT_S:.0f} s")
-            time.sleep(0.002)
-    return _tcp_store("127.0.0.1", port, serves=False)
