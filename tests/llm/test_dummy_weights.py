@@ -26,18 +26,19 @@ def config_only(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "hidden_size", "labels"),
+    ("name", "layers", "hidden_size", "labels", "millions"),
     [
-        ("facebook/opt-125m", 12, 768, 0),
-        ("facebook/opt-350m", 24, 1024, 0),
-        ("facebook/opt-1.3b", 24, 2048, 0),
-        ("HuggingFaceTB/fineweb-edu-classifier", 12, 768, 1),
-        ("cross-encoder/ms-marco-MiniLM-L-6-v2", 6, 384, 1),
+        ("facebook/opt-125m", 12, 768, 0, 125),
+        ("facebook/opt-350m", 24, 1024, 0, 331),
+        ("facebook/opt-1.3b", 24, 2048, 0, 1316),
+        ("HuggingFaceTB/fineweb-edu-classifier", 12, 768, 1, 109),
+        ("cross-encoder/ms-marco-MiniLM-L-6-v2", 6, 384, 1, 22.7),
     ],
 )
-def test_published_shapes_need_no_files(name: str, layers: int, hidden_size: int, labels: int) -> None:
+def test_published_shapes_need_no_files(name: str, layers: int, hidden_size: int, labels: int, millions: float) -> None:
     facts = describe(resolve_source(name, load_format="dummy"))
     assert (facts.num_layers, facts.hidden_size, facts.num_labels) == (layers, hidden_size, labels)
+    assert facts.num_parameters == pytest.approx(millions * 1e6, rel=0.1)
 
 
 def test_token_ids_run_and_a_seed_repeats(config_only: Path) -> None:

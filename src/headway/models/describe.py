@@ -37,6 +37,9 @@ def _facts(path: Path, config: Config, storage: dict[str, Any]) -> ModelFacts:
     name = families.architecture(config)
     shape = _encoder_shape(path, config) or decoder_shape(config)
     labels = num_labels(config)
+    if not storage["weights_bytes"]:  # no files: random weights. Every family has about so many in a layer
+        size = shape["hidden_size"]
+        storage["num_parameters"] = shape["vocab_size"] * size + 12 * shape["num_layers"] * size * size
     body: Literal["encoder", "decoder"] = "decoder" if shape["num_kv_heads"] else "encoder"
     return ModelFacts(
         architecture=name,
