@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class StepFuture(Future[StepResult]):
-    """A step's result. To ask for it, on any thread, takes in what the workers have sent."""
+    """A step's result. Who asks for it, on any thread, takes in what the workers have sent; nobody else does."""
 
     def __init__(self, mail: Mail, step: int) -> None:
         super().__init__()
@@ -237,14 +237,15 @@ class Mail:
         elif message.id is None:
             self.fail(_error(rank, message, own=len(self.infos) < self._size))
         elif message.id in self._calls:
-            self._calls[message.id].error = _error(rank, message)
+            self._calls[message.id].error = _error(rank, message, own=True)
 
 
-def _error(rank: int, failure: wire.Failure, own: bool = False) -> HeadwayError:
+def _error(rank: int, failure: wire.Failure, own: bool) -> HeadwayError:
     """The exception as the caller gets it. own: one of headway's is itself again (what is wrong with a model)."""
     kind = getattr(errors, failure.kind, None) if own else None
     if failure.field is not None and kind in (errors.ConfigError, errors.RequestError):
         return kind(*failure.field)
-    if isinstance(kind, type) and issubclass(kind, HeadwayError) and not issubclass(kind, (FieldError, WorkerError)):
+    more_than_text = (FieldError, WorkerError, WorkerDied)
+    if isinstance(kind, type) and issubclass(kind, HeadwayError) and not issubclass(kind, more_than_text):
         return kind(failure.message)
     return WorkerError(rank, failure.kind, failure.message, failure.remote_traceback)
