@@ -23,7 +23,7 @@ from headway.executor.ray.actor import RankActor
 from headway.executor.ray.cluster import connection
 from headway.executor.ray.placement import Group, Seat, in_rank_order
 
-_KILLED_WITHIN_S = 1.0
+_HEEDED_MS = 1000
 
 
 class RayLauncher:
@@ -87,9 +87,11 @@ class RayLauncher:
         """Ends the processes of this node that do not heed Ray, such as stopped ones."""
         while self._pidfds:
             pidfd = self._pidfds[-1]
-            if not select.select([pidfd], [], [], _KILLED_WITHIN_S)[0]:
+            ended = select.poll()
+            ended.register(pidfd, select.POLLIN)
+            if not ended.poll(_HEEDED_MS):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                select.select([pidfd], [], [])
+                ended.poll()
             os.close(self._pidfds.pop())
 
     def _get(self, calls: Sequence[Any]) -> list[Any]:
