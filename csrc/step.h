@@ -210,8 +210,8 @@ INLINE uint32_t choose_rows_together(Team& team, const Program& p, const Batch& 
 }
 
 template <class D>
-void walk(Team team, const Program& p, const Batch& b, const Step& s, const StepPlan& plan, const Runs& runs, Best* best) {
-  uint32_t exchange = p.group ? p.group->exchanges + 1 : 0;  // the next one
+void walk(Team team, const Program& p, const Batch& b, const Step& s, const StepPlan& plan, const Runs& runs, Best* best,
+          uint32_t exchange) {
   auto target = [&](const Op& op) {
     return op.dst == BUF_PART ? (void*)part(*p.group, exchange, p.group->rank) : p.buffers[op.dst];
   };
@@ -256,9 +256,11 @@ static int run_step(const Program* program, const Batch* batch, const Step* step
   plan.num_tasks = plan_attention(runs, p.num_heads / p.kv.kv_heads, plan.tasks);
   Array<Best> best(step->rows * p.threads);
   for (int64_t i = 0; i < step->rows * p.threads; i++) best[i] = {-__builtin_inff(), INT32_MAX};
+  // The next exchange. Not for threads to look up: one may enter the region when another has walked through it.
+  const uint32_t exchange = p.group ? p.group->exchanges + 1 : 0;
   region(p.threads, p.num_ops + 3, [&](Team team) {
-    if (p.dtype == BF16) walk<Bf16Words>(team, p, *batch, *step, plan, runs, best.data());
-    else walk<F32Words>(team, p, *batch, *step, plan, runs, best.data());
+    if (p.dtype == BF16) walk<Bf16Words>(team, p, *batch, *step, plan, runs, best.data(), exchange);
+    else walk<F32Words>(team, p, *batch, *step, plan, runs, best.data(), exchange);
   });
   if (p.group && p.group->lost >= 0) return 1 + p.group->lost;
   if (step->advance) advance_batch(*batch, *step);

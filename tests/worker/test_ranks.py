@@ -62,7 +62,7 @@ def test_samples_and_log_probabilities_are_one_ranks_too(eager: bool, two: Ranks
     path = make_checkpoint("llama", "ForCausalLM", tmp_path, **PAGED["llama"])[1]
     config = engine_config(path, ops="cpu", enforce_eager=eager)
     expected_tokens, expected_reports = alone(config, MIXED, 12)
-    two.load(config)
+    two.load(replace(config, device=replace(config.device, threads=2)))
     first, second = two.run(jobs.generate, PROMPTS, MIXED, 12)
     assert first == second
     assert first[0] == expected_tokens
