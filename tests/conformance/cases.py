@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from tests.conformance.scenarios import GENERATING
 
-Ranks = Literal["tp1", "tp2", "pp2"]
+Ranks = Literal["tp1", "tp2", "pp2", "tp2pp2"]
 
 # Some prompts are longer than a step takes, and the requests of more_than_fits() need more blocks than there are.
 TIGHT: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 24, "max_model_len": 160}
 ROOMY: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 160}
 BLOCKS = {"tight": 17, "roomy": 200}
-TOKEN_BYTES = {"tp1": 384, "tp2": 384, "pp2": 256}  # of the tiny decoder on a rank; tp2 has half the heads in float32
+TOKEN_BYTES = {"tp1": 384, "tp2": 384, "pp2": 256, "tp2pp2": 256}  # of the tiny decoder; tp2: half the heads in float32
 
 SCENARIOS: dict[str, list[str]] = {
     "decoder": GENERATING,
@@ -42,11 +42,19 @@ class Case:
         return " ".join((self.executor, self.ranks, f"depth {self.depth}", *[self.model] * (self.model != "decoder")))
 
     @property
+    def tensor_ranks(self) -> int:
+        return 2 if "tp2" in self.ranks else 1
+
+    @property
+    def stages(self) -> int:
+        return 2 if "pp2" in self.ranks else 1
+
+    @property
     def settings(self) -> dict[str, Any]:
         settings = {
             "distributed_executor_backend": self.executor,
-            "tensor_parallel_size": 2 if self.ranks == "tp2" else 1,
-            "pipeline_parallel_size": 2 if self.ranks == "pp2" else 1,
+            "tensor_parallel_size": self.tensor_ranks,
+            "pipeline_parallel_size": self.stages,
             "async_scheduling": self.depth == 1,
             "dtype": self.dtype,
             "threads": 1,
@@ -55,7 +63,7 @@ class Case:
             return {**settings, "max_model_len": 160, "max_num_seqs": 8}
         if self.model in ("encoder", "pooler"):  # which take whole prompts
             return {**settings, "max_model_len": 160, "max_num_seqs": 8, "runner": "pooling"}
-        block = 16 * TOKEN_BYTES[self.ranks] * (2 if self.dtype == "float32" and self.ranks != "tp2" else 1)
+        block = 16 * TOKEN_BYTES[self.ranks] * (2 if self.dtype == "float32" and self.tensor_ranks == 1 else 1)
         settings |= {"kv_cache_memory_bytes": block * BLOCKS["roomy" if self.roomy else "tight"]}
         return {**settings, **(ROOMY if self.roomy else TIGHT)}
 
@@ -66,7 +74,7 @@ class Case:
 
 
 def _dtype(ranks: Ranks, model: str) -> str:
-    return "float32" if model == "encoder" or (ranks == "tp2" and model != "smollm2") else "bfloat16"
+    return "float32" if model == "encoder" or ("tp2" in ranks and model != "smollm2") else "bfloat16"
 
 
 def _case(executor: str, ranks: Ranks, depth: int = 1, model: str = "decoder") -> Case:
@@ -83,6 +91,7 @@ EXTERNAL = [
 LOCAL = [
     *[_case("uni", "tp1", depth) for depth in (0, 1)],
     *[_case(executor, ranks, depth) for executor in ("mp", "ray") for ranks in RANKS for depth in (0, 1)],
+    _case("mp", "tp2pp2"),
     _case("mp", "pp2", model="pooler"),
     _case("ray", "tp2", model="pooler"),
     _case("mp", "tp2", model="encoder"),

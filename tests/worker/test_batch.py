@@ -15,6 +15,7 @@ from headway.messages import PoolingParams, SamplingParams, StructuredOutput
 from headway.worker.batch import Batch
 from headway.worker.extras import Kind
 from headway.worker.inputs import InputBuffers, prompt_inputs
+from headway.worker.runner import wants_hidden
 
 SLOTS, MAX_LEN, BLOCK = 5, 40, 4
 PREFIX_HIT = BLOCK
@@ -150,6 +151,18 @@ def test_a_slot_starts_only_after_its_release() -> None:
         batch.apply(plan(starts=[start(0, [3])], runs=[]))
     batch.apply(plan(releases=[0], starts=[start(0, [3])], runs=[]))
     assert batch.length[0] == 1
+
+
+def test_prompt_reports_keep_a_step_from_its_program_only_until_the_prompt_is_done() -> None:
+    batch = Batch(2, 16, 4, vocab_size=10)
+    starts = [start(0, [1, 2, 3, 4], sampling=SamplingParams(prompt_logprobs=1)), start(1, [1, 2])]
+    found: list[bool] = []
+    for counts in ((2, 2), (1, 1), (1, 1), (1, 1)):
+        runs = batch.apply(plan(starts=starts, runs=list(enumerate(counts))))
+        found.append(wants_hidden(batch, runs))
+        batch.advance(runs)
+        starts = []
+    assert found == [True, True, False, False]  # the prompt's last token has no report
 
 
 @pytest.mark.parametrize(

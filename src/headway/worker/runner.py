@@ -69,7 +69,8 @@ class DecoderRunner:
             else:
                 self._run_operations(step, masks)
         result = step.finish()
-        if self._links is not None and self._links.tokens is not None and len(step.runs.sample_rows):
+        if self._links is not None and len(step.runs.sample_rows):
+            assert self._links.tokens is not None, "the last stage of several"
             self._links.tokens.send(np.frombuffer(result.tokens, np.int32)[step.runs.sample_rows])
         return result
 
@@ -162,7 +163,9 @@ class DecoderRunner:
 
 def wants_hidden(batch: Batch, runs: Runs) -> bool:
     """Whether more is asked of a step than tokens, which is all that programs give."""
-    return bool((batch.kind[runs.slots] & (Kind.POOL | Kind.PROMPT_LOGPROBS)).any())
+    kinds = batch.kind[runs.slots]
+    reports = batch.computed[runs.slots] < batch.prompt_len[runs.slots] - 1  # where there is anything left to report
+    return bool((kinds & (Kind.POOL | np.where(reports, Kind.PROMPT_LOGPROBS, 0))).any())
 
 
 def _wants(kinds: Int32Array) -> Int32Array:
