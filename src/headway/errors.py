@@ -9,6 +9,7 @@ HeadwayError
 └── EngineError                        the engine failed; not the caller's doing
     ├── WorkerError                    an exception on a rank, with its remote traceback
     ├── WorkerDied                     a worker process ended
+    ├── PeerLost                       a rank cannot reach another one, which says why itself
     └── EngineDead                     the engine had failed, or was closed, before this call
 """
 
@@ -66,6 +67,10 @@ class WorkerDied(EngineError):
     def __init__(self, rank: int, status: int | None = None) -> None:
         super().__init__(f"rank {rank} ended" + (f" with status {status}" if status is not None else ""))
         self.rank, self.status = rank, status
+
+
+class PeerLost(EngineError):
+    """A rank cannot reach another one: a consequence, of which the other one has the cause."""
 
 
 class EngineDead(EngineError):

@@ -100,7 +100,7 @@ def _load(state: list[Any], config: EngineConfig, path: str | None, store: str) 
     if old is not None:
         old.close()
     memory = None if path is None else os.open(path, os.O_RDWR)
-    group = RankGroup(rank=rank, size=config.parallel.tensor_parallel_size, memory=memory, store=store)
+    group = RankGroup(rank=rank, size=config.parallel.tensor_parallel_size, memory=memory, store=store, engine="")
     state[1] = Worker(config, rank, group)
     return state[1].load().program
 

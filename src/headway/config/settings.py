@@ -75,6 +75,11 @@ class ParallelConfig:
         """Of one replica."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
+    @property
+    def reporting_rank(self) -> int:
+        """The one that has the results: the first of the last pipeline stage."""
+        return self.ranks - self.tensor_parallel_size
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayConfig:

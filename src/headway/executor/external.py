@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import traceback
+import uuid
 import weakref
 import zlib
 from collections.abc import Callable
@@ -140,8 +141,9 @@ class ExternalExecutor:
         weakref.finalize(self, peers.close)  # also at the end of a script that closes nothing
         self._agree(peers)
         self._memory = _share_memory(peers, one_node)
-        offers = peers.exchange(f"{own_address(one_node)}:{_free_port()}".encode() if not self._rank else b"")
-        return RankGroup(rank=self._rank, size=size, memory=self._memory, store=offers[0].decode())
+        offer = f"{own_address(one_node)}:{_free_port()} {uuid.uuid4().hex}" if not self._rank else ""
+        store, engine = peers.exchange(offer.encode())[0].decode().split()
+        return RankGroup(rank=self._rank, size=size, memory=self._memory, store=store, engine=engine)
 
     def _agree(self, peers: Peers) -> None:
         """Capacity is the least of the ranks'; every other setting must be the same."""

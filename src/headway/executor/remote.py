@@ -7,6 +7,7 @@ engine's threads ── Plan, Masks, Call, Close ──> every rank      the sam
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import weakref
 from concurrent.futures import Future
@@ -124,7 +125,13 @@ class RemoteExecutor:
         if self._size == 1:
             return None
         memory = None if placement.remote else os.memfd_create("headway-ranks")
-        return RankGroup(rank=0, size=self._size, memory=memory, store=placement.store or _free_address())
+        return RankGroup(
+            rank=0,
+            size=self._size,
+            memory=memory,
+            store=placement.store or _free_address(),
+            engine=secrets.token_hex(8),
+        )
 
     def _merged(self, infos: list[WorkerInfo]) -> WorkerInfo:
         """One info for all ranks: the fewest blocks, all bytes, the slowest start."""

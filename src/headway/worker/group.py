@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from headway.errors import EngineError
+from headway.errors import EngineError, PeerLost
 from headway.ops.cpu.abi import find_kernels
 from headway.ops.cpu.comm import START_TIMEOUT_S, SharedComm
 
@@ -34,7 +34,7 @@ class GlooComm:
         try:
             self._group.allreduce([x]).wait()
         except RuntimeError as error:
-            raise EngineError(f"another tensor parallel rank is gone: {error}") from error
+            raise PeerLost(f"another tensor parallel rank is gone: {error}") from error
 
     def close(self) -> None:
         self._group.shutdown()
@@ -85,7 +85,7 @@ def open_store(group: RankGroup, part: int | str) -> dist.Store:
         )
     except RuntimeError as error:
         raise EngineError(f"the ranks' store at {group.store} does not answer: {error}") from error
-    return dist.PrefixStore(f"headway/{part}", store)
+    return dist.PrefixStore(f"headway/{group.engine}/{part}", store)
 
 
 def share_memory(store: dist.Store, rank: int, size: int, *, willing: bool) -> int | None:

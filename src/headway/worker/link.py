@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from headway import futex
-from headway.errors import EngineError
+from headway.errors import PeerLost
 from headway.ops.cpu.comm import MEMORY_BYTES, REGION_BITS
 from headway.worker.group import open_gloo, open_store, share_memory
 
@@ -44,7 +44,7 @@ class Link(Protocol):
         ...
 
     def close(self) -> None:
-        """A peer that waits raises EngineError."""
+        """A peer that waits raises PeerLost."""
         ...
 
 
@@ -89,7 +89,7 @@ class SharedLink:
         """While the other side's count is ``value``."""
         while word.value == value:
             if self._closed.value:
-                raise EngineError("a neighbouring pipeline stage has ended")
+                raise PeerLost("a neighbouring pipeline stage has ended")
             # close() may come just before the wait; what follows it wakes nobody.
             futex.wait(ctypes.addressof(word), value, timeout=0.5)
         futex.fence()
@@ -127,7 +127,7 @@ def _wait(work: Any) -> None:
     try:
         work.wait()
     except RuntimeError as error:
-        raise EngineError(f"a neighbouring pipeline stage is gone: {error}") from error
+        raise PeerLost(f"a neighbouring pipeline stage is gone: {error}") from error
 
 
 @dataclass(slots=True)
