@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from headway.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfi
 from headway.engine import EngineCore, launch
 from headway.errors import EngineDead, RequestError, WorkerError
 from headway.executor.fake import FakeExecutor, FakeModel
-from headway.messages import EngineOutput, Request, SamplingParams, StructuredOutput
+from headway.messages import EngineOutput, Request, SamplingParams, StepPlan, StepResult, StructuredOutput
 
 
 def make_config(depth: Any = 1, **model: Any) -> EngineConfig:
@@ -100,6 +101,26 @@ def test_ctrl_c_in_a_step_loses_nothing() -> None:
     timer.join()
     (output,) = drain(core)
     assert len(output.token_ids) == 4
+    core.close()
+
+
+class Interrupted(FakeExecutor):
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        if plan.step == 1:
+            raise KeyboardInterrupt
+        return super().submit(plan)
+
+
+def test_ctrl_c_between_a_plan_and_its_submission_is_the_engines_end() -> None:
+    config = make_config(depth=1)
+    executor = Interrupted(config)
+    core = EngineCore(config, executor, executor.start())
+    core.add(make_request())
+    with pytest.raises(KeyboardInterrupt):
+        core.step()
+    assert not core.has_work()
+    with pytest.raises(EngineDead, match="KeyboardInterrupt"):
+        core.step()
     core.close()
 
 

@@ -1,7 +1,16 @@
 from __future__ import annotations
 
+import os
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
 from headway.config import CacheConfig, Choice, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from headway.engine import launch
+from headway.engine.grammar import GrammarBackend
+from headway.errors import ConfigError
 
 
 def test_the_engine_says_where_its_steps_run_and_why() -> None:
@@ -18,3 +27,19 @@ def test_the_engine_says_where_its_steps_run_and_why() -> None:
         assert str(core.info) == "executor fake (a test): 2 ranks of 1 thread, kernels fake, depth 1"
     finally:
         core.close()
+
+
+@pytest.mark.parametrize("executor", ["fake", "absent"])
+def test_a_failed_start_leaves_nothing(executor: str, tmp_path: Path) -> None:
+    def broken() -> GrammarBackend:
+        raise ZeroDivisionError
+
+    config = EngineConfig(
+        model=ModelConfig(path="", served_model_name=""),
+        parallel=ParallelConfig(executor=executor),
+        trace=str(tmp_path / "trace.json"),
+    )
+    before = len(os.listdir("/proc/self/fd")), threading.active_count(), sys.getswitchinterval()
+    with pytest.raises(ConfigError if executor == "absent" else ZeroDivisionError):
+        launch(config, broken)
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count(), sys.getswitchinterval()) == before

@@ -48,6 +48,7 @@ def run(core: EngineCore, name: str, max_tokens: int, pause_s: float = 0.0) -> N
 def test_the_engines_phases_are_the_time_in_which_there_was_work(depth: int) -> None:
     core = make_engine(depth)
     try:
+        assert core.step() == []
         assert core.metrics().times.working == core.metrics().executor_tax == 0
         began = time.perf_counter()
         run(core, "a", max_tokens=5)

@@ -3,8 +3,8 @@
     caller ── inbox (a queue) ──> headway-engine thread: core.step() ── outputs ──> caller
                                             one call_soon_threadsafe per event loop and step
 
-The thread sleeps in the inbox while there is nothing to do. Grammars are compiled on another thread, one at a time,
-and come back through the inbox: no step waits for them.
+The thread sleeps in the inbox while there is nothing to do, but for a look at the workers now and then. Grammars are
+compiled on another thread, one at a time, and come back through the inbox: no step waits for them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -20,10 +21,13 @@ from headway.engine.constraints import constraint
 from headway.engine.core import EngineCore
 from headway.engine.grammar import Matcher
 from headway.engine.metrics import EngineMetrics
-from headway.errors import EngineDead, HeadwayError, RequestError
+from headway.errors import EngineDead, EngineError, HeadwayError, RequestError
 from headway.messages import EngineOutput, Request
 
 _Item = EngineOutput | BaseException
+
+HEALTH_S = 1.0
+"""How long an idle engine may go on without knowing that it has lost a worker."""
 
 
 @dataclass(slots=True, eq=False)
@@ -143,14 +147,19 @@ class AsyncEngine:
             self._end(EngineDead("the engine was closed"))
         except BaseException as error:
             self._end(error)
+            with suppress(EngineError):  # close() tells
+                self._core.close()  # the memory of the workers that are left
 
     def _read_inbox(self) -> bool:
         """Takes in every message, waiting for one if there is nothing else to do; False at the end."""
         while True:
             try:
-                message = self._inbox.get(block=not self._core.has_work())
+                message = self._inbox.get(block=not self._core.has_work(), timeout=HEALTH_S)
             except Empty:
-                return True
+                if self._core.has_work():
+                    return True
+                self._core.check()
+                continue
             if message is None:
                 return False
             self._take(message)

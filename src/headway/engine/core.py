@@ -18,8 +18,10 @@ once update N has told the matchers; the forward pass of N + 1 runs meanwhile.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one since Python 3.11
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -31,7 +33,7 @@ from headway.engine.metrics import ENCODE, OUTSIDE, SCHEDULE, UPDATE, EngineMetr
 from headway.engine.switching import switch_soon
 from headway.engine.trace import Trace
 from headway.engine.upkeep import Upkeep
-from headway.errors import EngineDead
+from headway.errors import EngineDead, EngineError
 from headway.executor import Executor, WorkerInfo
 from headway.messages import EngineOutput, Request, StepPlan, StepResult
 from headway.scheduler import EngineStats, Scheduler
@@ -107,13 +109,20 @@ class EngineCore:
         An error of the executor is raised here once, and means the end of all requests.
         """
         self._check_alive()
-        try:
-            return self._step()
-        except Exception as error:
-            self._dead = self._first_failure() or error
-            if self._dead is error:
-                raise
-            raise self._dead from None
+        if not self.has_work():
+            return []
+        with self._deadly(BaseException):
+            self._fill()
+        with self._deadly(Exception):
+            result = self._in_flight[0].future.result()  # Ctrl-C here leaves everything as it was
+        with self._deadly(BaseException):
+            return self._take(result)
+
+    def check(self) -> None:
+        """Raises what is wrong with the executor, if anything is: the engine need not run to lose it."""
+        self._check_alive()
+        with self._deadly(Exception):
+            self._executor.health()
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
@@ -124,14 +133,16 @@ class EngineCore:
 
     def close(self, timeout: float = 5.0) -> None:
         """Idempotent. Steps in flight are let go, their results dropped."""
-        if self._dead is None:
-            self._dead = EngineDead("the engine was closed")
-            self._trace_other_ranks()
-        self._in_flight.clear()
-        if self._trace is not None:
-            self._trace.close()
-        self._switch_as_before()
-        self._executor.close(timeout)
+        with ExitStack() as ends:
+            ends.callback(self._executor.close, timeout)
+            ends.callback(self._switch_as_before)
+            if self._trace is not None:
+                ends.callback(self._trace.close)
+            ends.callback(self._in_flight.clear)
+            if self._dead is None:
+                self._dead = EngineDead("the engine was closed")
+                with suppress(EngineError, FutureTimeoutError):
+                    self._trace_other_ranks()
 
     def _trace_other_ranks(self) -> None:
         """Their steps, which they have kept; not of an executor whose call() reaches this rank alone."""
@@ -143,7 +154,7 @@ class EngineCore:
                 if rank != self._clock.rank:
                     self._trace.rank_steps(rank, steps)
 
-    def _step(self) -> list[EngineOutput]:
+    def _fill(self) -> None:
         clock = self._clock
         clock.lap(OUTSIDE)
         while len(self._in_flight) < self._most_in_flight:
@@ -153,11 +164,10 @@ class EngineCore:
                 break
             self._submit(plan)
             clock.lap(ENCODE)
-        if not self._in_flight:
-            assert not self._scheduler.has_requests, "requests wait, but nothing can run"
-            return []
-        result = self._in_flight[0].future.result()  # Ctrl-C here leaves everything as it was
-        clock.taken(result)
+        assert self._in_flight, "requests wait, but nothing can run"
+
+    def _take(self, result: StepResult) -> list[EngineOutput]:
+        self._clock.taken(result)
         self._in_flight.popleft()
         outputs = self._scheduler.update(result)
         self._forget_ended(outputs)
@@ -166,9 +176,20 @@ class EngineCore:
         if self._failed:
             self._forget_ended(self._failed)
             outputs, self._failed = outputs + self._failed, []
-        clock.lap(UPDATE)
+        self._clock.lap(UPDATE)
         self._rest_without_work()
         return outputs
+
+    @contextmanager
+    def _deadly(self, kinds: type[BaseException]) -> Generator[None]:
+        """Errors of these kinds are the engine's end."""
+        try:
+            yield
+        except kinds as error:
+            self._dead = self._first_failure() or error
+            if self._dead is error:
+                raise
+            raise self._dead from None
 
     def _rest_without_work(self) -> None:
         if not self.has_work():
@@ -202,4 +223,5 @@ class EngineCore:
 
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDead(f"the engine does not run: {self._dead}") from self._dead
+            why = str(self._dead) or type(self._dead).__name__
+            raise EngineDead(f"the engine does not run: {why}") from self._dead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 
 import msgspec
@@ -20,16 +21,18 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
 
     grammar: asked once the model is loaded, so that what it needs can be read meanwhile.
     """
-    trace = _open_trace(config)
-    executor = make_executor(config)
-    info = executor.start()
-    try:
+    with ExitStack() as undo:
+        trace = _open_trace(config)
+        if trace is not None:
+            undo.callback(trace.close)
+        executor = make_executor(config)
+        undo.callback(executor.close)
+        info = executor.start()
         backend = None if grammar is None else grammar()
-    except BaseException:
-        executor.close()
-        raise
-    config = _as_started(config, info)
-    return EngineCore(config, executor, _explained(info, config), backend, trace)
+        config = _as_started(config, info)
+        core = EngineCore(config, executor, _explained(info, config), backend, trace)
+        undo.pop_all()
+        return core
 
 
 def _open_trace(config: EngineConfig) -> Trace | None:
