@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,19 +19,36 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.errors import EngineError
+from headway.errors import PeerLost, WorkerDied
 from headway.worker.group import open_gloo
 from headway.worker.link import Link, SharedLink, SocketLink
 
-SLOTS, SLOT_BYTES = 2, 4096
+SLOTS, SLOT_BYTES = 3, 4096
 Ends = tuple[Link, Link]
 
 
-def shared_ends() -> Ends:
+OTHER_STAGE = f"""
+import mmap, sys, time
+import numpy as np
+from headway.worker.link import SharedLink
+memory = mmap.mmap(int(sys.argv[1]), 0)
+link = SharedLink(memory, {SLOTS}, {SLOT_BYTES}, sends=sys.argv[2] == "sends", peer=0)
+if sys.argv[2] == "sends":
+    link.send(np.arange(3))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def link_memory() -> int:
     descriptor = os.memfd_create("link")
-    size = SharedLink.size(SLOTS, SLOT_BYTES)
-    os.ftruncate(descriptor, size)
-    ends = [SharedLink(mmap.mmap(descriptor, size), SLOTS, SLOT_BYTES) for _ in range(2)]
+    os.ftruncate(descriptor, SharedLink.size(SLOTS, SLOT_BYTES))
+    return descriptor
+
+
+def shared_ends() -> tuple[SharedLink, SharedLink]:
+    descriptor = link_memory()
+    ends = [SharedLink(mmap.mmap(descriptor, 0), SLOTS, SLOT_BYTES, sends=not i, peer=1 - i) for i in range(2)]
     os.close(descriptor)
     return ends[0], ends[1]
 
@@ -35,7 +57,7 @@ def shared_ends() -> Ends:
 def socket_ends() -> Iterator[Ends]:
     store = dist.HashStore()
     with ThreadPoolExecutor(2) as pool:
-        groups = list(pool.map(lambda rank: open_gloo(store, rank, 2), range(2)))
+        groups = list(pool.map(partial(open_gloo, store, size=2), range(2)))
     ends = [SocketLink(group, 1 - rank, tag=7, slots=SLOTS) for rank, group in enumerate(groups)]
     yield ends[0], ends[1]
     for end in ends:
@@ -73,12 +95,53 @@ def test_messages_arrive_in_order_through_sockets(socket_ends: Ends) -> None:
     pass_on(socket_ends, [1, 300, 7, 7, 200, 1])
 
 
+def test_the_count_of_messages_may_wrap_around() -> None:
+    memory = link_memory()
+    words = mmap.mmap(memory, 0)
+    ends = [SharedLink(mmap.mmap(memory, 0), SLOTS, SLOT_BYTES, sends=not i, peer=1 - i) for i in range(2)]
+    os.close(memory)
+    begin = 2**32 - 2
+    for end, line in zip(ends, (0, 128), strict=True):
+        struct.pack_into("<I", words, line, begin)
+        vars(end)["_count"] = begin
+    for i in range(SLOTS):
+        ends[0].send(np.array([i]))
+    received = np.zeros(1, np.int64)
+    for i in range(SLOTS):
+        ends[1].recv(received)
+        assert received[0] == i
+
+
 @pytest.mark.parametrize("receives", [True, False])
 def test_a_stage_that_waits_for_one_that_has_ended_raises(receives: bool) -> None:
-    here, there = shared_ends()
+    ends = shared_ends()
+    here, there = reversed(ends) if receives else ends
     closer = threading.Timer(0.05, there.close)
     closer.start()
-    with pytest.raises(EngineError, match="has ended"):
+    with pytest.raises(PeerLost, match="has ended"):
         while True:
             here.recv(np.zeros(3)) if receives else here.send(np.ones(3))
     closer.join()
+
+
+@pytest.mark.parametrize("receives", [True, False])
+def test_a_stage_that_waits_for_one_that_is_killed_raises(receives: bool) -> None:
+    memory = link_memory()
+    here = SharedLink(mmap.mmap(memory, 0), SLOTS, SLOT_BYTES, sends=not receives, peer=5)
+    command = [sys.executable, "-c", OTHER_STAGE, str(memory), "sends" if receives else "receives"]
+    with subprocess.Popen(command, pass_fds=[memory], stdout=subprocess.PIPE) as there:
+        os.close(memory)
+        assert there.stdout is not None and there.stdout.readline() == b"ready\n"
+        if receives:
+            first = np.zeros(3, np.int64)
+            here.recv(first)
+            assert first.tolist() == [0, 1, 2]
+        killer = threading.Timer(0.05, there.kill)
+        killer.start()
+        began = time.monotonic()
+        with pytest.raises(WorkerDied, match="rank 5") as raised:
+            while True:
+                here.recv(np.zeros(3)) if receives else here.send(np.ones(3))
+        assert raised.value.rank == 5 and time.monotonic() - began < 5
+        killer.join()
+    here.close()

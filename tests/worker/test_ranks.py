@@ -114,7 +114,7 @@ def test_encoders(two: Ranks, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ops", "error"),
-    [pytest.param("cpu", "WorkerDied: rank 1 ended", marks=needs_kernels), ("reference", "EngineError: another")],
+    [pytest.param("cpu", "WorkerDied: rank 1 ended", marks=needs_kernels), ("reference", "PeerLost: another")],
 )
 def test_a_killed_rank_is_an_error_on_the_others(ops: str, error: str, tmp_path: Path) -> None:
     path = make_checkpoint("llama", "ForCausalLM", tmp_path, **PAGED["llama"])[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
+from collections.abc import Generator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +43,9 @@ class GlooComm:
 
 
 def open_gloo(store: dist.Store, rank: int, size: int) -> Any:
-    """A torch.distributed.ProcessGroupGloo."""
-    return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=GLOO_TIMEOUT_S))
+    """A torch.distributed.ProcessGroupGloo. Raises PeerLost when the other ranks do not come."""
+    with _meeting():
+        return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=GLOO_TIMEOUT_S))
 
 
 def open_comm(config: EngineConfig, rank: int, group: RankGroup | None) -> SharedComm | GlooComm | None:
@@ -56,10 +59,13 @@ def open_comm(config: EngineConfig, rank: int, group: RankGroup | None) -> Share
     assert group is not None, "ranks need to be told how they reach each other"
     stage, tensor_rank = divmod(rank, size)
     kernels = find_kernels(config.device.isa) if config.device.ops == "cpu" else None
-    memory, store = group.memory, None
-    if memory is None or kernels is None:
+    if group.memory is not None and kernels is not None:
+        store, memory = None, os.dup(group.memory)
+    else:
         store = open_store(group, stage)
-        memory = share_memory(store, tensor_rank, size, willing=kernels is not None)
+        memory = (
+            None if group.memory is not None else share_memory(store, tensor_rank, size, willing=kernels is not None)
+        )
         if memory is None or kernels is None:
             return GlooComm(store, tensor_rank, size)
     return SharedComm(
@@ -89,19 +95,23 @@ def open_store(group: RankGroup, part: int | str) -> dist.Store:
 
 
 def share_memory(store: dist.Store, rank: int, size: int, *, willing: bool) -> int | None:
-    """A memfd of rank 0 opened on every rank, or None where one of them cannot: it is on another node, say."""
+    """A memfd of rank 0 opened on every rank, or None where one of them cannot: it is on another node, say.
+
+    Raises PeerLost when the others do not come.
+    """
     memory = None
-    if rank == 0:
-        name = f"headway-{uuid.uuid4().hex}"
-        memory = os.memfd_create(name) if willing else None
-        store.set("memory", f"{os.getpid()} {memory} {name}")
-    elif willing:
-        memory = _open_memory(*store.get("memory").decode().split())
-    store.set(f"has/{rank}", str(memory is not None))
-    everyone = all(store.get(f"has/{other}") == b"True" for other in range(size))
-    store.set(f"done/{rank}", "")
-    if rank == 0:
-        store.wait([f"done/{other}" for other in range(size)])  # the store may end with this process's use of it
+    with _meeting():
+        if rank == 0:
+            name = f"headway-{uuid.uuid4().hex}"
+            memory = os.memfd_create(name) if willing else None
+            store.set("memory", f"{os.getpid()} {memory} {name}")
+        elif willing:
+            memory = _open_memory(*store.get("memory").decode().split())
+        store.set(f"has/{rank}", str(memory is not None))
+        everyone = all(store.get(f"has/{other}") == b"True" for other in range(size))
+        store.set(f"done/{rank}", "")
+        if rank == 0:
+            store.wait([f"done/{other}" for other in range(size)])  # the store may end with this process's use of it
     if everyone:
         return memory
     if memory is not None:
@@ -112,6 +122,15 @@ def share_memory(store: dist.Store, rank: int, size: int, *, willing: bool) -> i
 def _open_memory(pid: str, descriptor: str, name: str) -> int | None:
     path = f"/proc/{pid}/fd/{descriptor}"
     try:
-        return os.open(path, os.O_RDWR) if name in os.readlink(path) else None
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC) if os.readlink(path) == f"/memfd:{name} (deleted)" else None
     except OSError:  # no such process here, or not ours
         return None
+
+
+@contextlib.contextmanager
+def _meeting() -> Generator[None]:
+    """Errors of torch's stores and groups are headway's."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(f"the other ranks did not come: {error}") from error

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import select
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from headway import futex
-from headway.errors import PeerLost
-from headway.ops.cpu.comm import MEMORY_BYTES, REGION_BITS
+from headway.errors import EngineError, PeerLost, WorkerDied
+from headway.ops.cpu.comm import LINKS_REGION, REGION_BITS, START_TIMEOUT_S, map_region
 from headway.worker.group import open_gloo, open_store, share_memory
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 _LINE = 128  # bytes that do not share a cache line with others, nor the line fetched with it
+_LINES = 5
+_COUNT_MASK = 0xFFFF_FFFF
 _LINK_BITS = 33
 
 
@@ -44,30 +48,35 @@ class Link(Protocol):
         ...
 
     def close(self) -> None:
-        """A peer that waits raises PeerLost."""
+        """A peer that waits raises PeerLost; WorkerDied where the process ended without it."""
         ...
 
 
 class SharedLink:
     """Slots in shared memory that take turns: small messages stay in the cache, large ones are copied once a side.
 
-        word 0: messages sent | word 32: messages received | word 64: closed | ... | slot 0 | slot 1 | ...
+        line 0: messages sent | 1: received | 2: closed | 3: the sender's process | 4: the receiver's | slot 0 | ...
 
-    The memory is zero at first. sent and received are each written by one side.
+    The memory is zero at first. sent and received (modulo 2**32) are each written by one side.
     """
 
-    def __init__(self, memory: mmap.mmap, slots: int, slot_bytes: int) -> None:
-        words = [ctypes.c_uint32.from_buffer(memory, i * _LINE) for i in range(3)]
-        self._sent, self._received, self._closed = words
-        self._bytes = np.frombuffer(memory, np.uint8, slots * slot_bytes, 3 * _LINE).reshape(slots, slot_bytes)
+    def __init__(self, memory: mmap.mmap, slots: int, slot_bytes: int, *, sends: bool, peer: int) -> None:
+        """sends: which end this is. peer: the rank at the other one."""
+        words = [ctypes.c_uint32.from_buffer(memory, i * _LINE) for i in range(_LINES)]
+        self._sent, self._received, self._closed = words[:3]
+        mine, self._pid = words[3:] if sends else reversed(words[3:])
+        mine.value = os.getpid()
+        self._bytes = np.frombuffer(memory, np.uint8, slots * slot_bytes, _LINES * _LINE).reshape(slots, slot_bytes)
         self._count = 0
+        self._peer, self._pidfd = peer, -1
+        self._deadline = time.monotonic() + START_TIMEOUT_S
 
     @staticmethod
     def size(slots: int, slot_bytes: int) -> int:
-        return 3 * _LINE + slots * slot_bytes
+        return _LINES * _LINE + slots * slot_bytes
 
     def send(self, array: Array) -> None:
-        self._wait(self._received, (self._count - len(self._bytes)) & 0xFFFF_FFFF)
+        self._wait(self._received, self._count - len(self._bytes))
         np.copyto(self._slot(array), array)
         self._pass(self._sent)
 
@@ -80,24 +89,51 @@ class SharedLink:
         self._closed.value = 1
         for word in (self._sent, self._received):
             futex.wake(ctypes.addressof(word))
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def _slot(self, like: Array) -> Array:
         assert like.nbytes <= self._bytes.shape[1], f"{like.nbytes} bytes for a slot of {self._bytes.shape[1]}"
         return self._bytes[self._count % len(self._bytes), : like.nbytes].view(like.dtype).reshape(like.shape)
 
-    def _wait(self, word: ctypes.c_uint32, value: int) -> None:
-        """While the other side's count is ``value``."""
+    def _wait(self, word: ctypes.c_uint32, count: int) -> None:
+        """While the other side has come to ``count``."""
+        value = count & _COUNT_MASK
+        if self._pidfd < 0:
+            self._watch()
         while word.value == value:
             if self._closed.value:
                 raise PeerLost("a neighbouring pipeline stage has ended")
-            # close() may come just before the wait; what follows it wakes nobody.
+            # Who closes just before the wait, or is killed, wakes nobody.
             futex.wait(ctypes.addressof(word), value, timeout=0.5)
+            if word.value == value:
+                self._look_for_peer()
         futex.fence()
+
+    def _watch(self) -> None:
+        """Holds on to the other side's process, once it has opened the link."""
+        if self._pid.value:
+            try:
+                self._pidfd = os.pidfd_open(self._pid.value)
+            except ProcessLookupError:
+                raise WorkerDied(self._peer) from None
+
+    def _look_for_peer(self) -> None:
+        if self._pidfd < 0:
+            self._watch()
+            if self._pidfd < 0 and time.monotonic() > self._deadline:
+                raise EngineError(f"rank {self._peer} did not start within {START_TIMEOUT_S:.0f} s")
+            return
+        poll = select.poll()  # select() refuses descriptors above 1023
+        poll.register(self._pidfd, select.POLLIN)  # readable once the process has ended
+        if poll.poll(0):
+            raise WorkerDied(self._peer)
 
     def _pass(self, word: ctypes.c_uint32) -> None:
         futex.fence()
-        self._count = (self._count + 1) & 0xFFFF_FFFF
-        word.value = self._count
+        self._count += 1
+        word.value = self._count & _COUNT_MASK
         futex.wake(ctypes.addressof(word))
 
 
@@ -147,7 +183,7 @@ class Links:
 
 
 def open_links(config: EngineConfig, rank: int, group: RankGroup, hidden_size: int) -> Links:
-    """Of a pipeline of several stages. Raises EngineError when a rank that should serve the store does not."""
+    """Of a pipeline of several stages. Raises EngineError when other ranks do not come."""
     parallel, scheduler = config.parallel, config.scheduler
     stages, tensor_size = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
     stage, tensor_rank = divmod(rank, tensor_size)
@@ -161,11 +197,12 @@ def open_links(config: EngineConfig, rank: int, group: RankGroup, hidden_size: i
 
     def link(source: int, shape: tuple[int, int]) -> Link:
         """What ``source`` sends to the stage after it, or the last stage to the first."""
-        if memory is not None:
-            return SharedLink(_map(memory, source * tensor_size + tensor_rank, SharedLink.size(*shape)), *shape)
         target = (source + 1) % stages
-        peer = target if source == stage else source
-        return SocketLink(gloo, peer * tensor_size + tensor_rank, tag=source, slots=shape[0])
+        peer = (target if source == stage else source) * tensor_size + tensor_rank
+        if memory is None:
+            return SocketLink(gloo, peer, tag=source, slots=shape[0])
+        mapping = _map(memory, source * tensor_size + tensor_rank, SharedLink.size(*shape))
+        return SharedLink(mapping, *shape, sends=source == stage, peer=peer)
 
     links = Links(
         rows_in=link(stage - 1, rows) if stage else None,
@@ -178,7 +215,5 @@ def open_links(config: EngineConfig, rank: int, group: RankGroup, hidden_size: i
 
 
 def _map(memory: int, index: int, size: int) -> mmap.mmap:
-    os.ftruncate(memory, MEMORY_BYTES)
     assert size <= 1 << _LINK_BITS and index < 1 << REGION_BITS - _LINK_BITS, "the links' region is full"
-    begin = MEMORY_BYTES - (1 << REGION_BITS) + (index << _LINK_BITS)  # the last region; stages have the first ones
-    return mmap.mmap(memory, size, mmap.MAP_SHARED, offset=begin)
+    return map_region(memory, LINKS_REGION, size, index << _LINK_BITS)

@@ -16,8 +16,10 @@ from headway.errors import EngineError, WorkerDied
 from headway.ops.cpu import abi
 
 START_TIMEOUT_S = 300.0
-REGION_BITS = 40  # the memory is sparse: only pages that were written exist
-MEMORY_BYTES = 1 << 46
+# What ranks share is sparse: only pages that were written exist. A pipeline stage has the region of its number.
+REGION_BITS = 40
+LINKS_REGION = 63  # how stages reach each other: worker.link
+_MEMORY_BYTES = (LINKS_REGION + 1) << REGION_BITS
 _PART_BYTES = 4 << 20
 
 
@@ -36,21 +38,24 @@ class SharedComm:
         first_rank: int,
         store: object,
     ) -> None:
-        """memory: a memfd that the ranks share, of which this group uses one region. first_rank: the engine's name of
-        rank 0. store: kept alive, because other ranks may still use it.
+        """memory: a memfd that the ranks share, which this object closes; the group uses one region of it. first_rank:
+        the engine's name of rank 0. store: kept alive, because other ranks may still use it.
 
         Waits for the other ranks, and raises EngineError when they do not come or WorkerDied when they end.
         """
         self._kernels, self._threads, self._memory, self._region = kernels, threads, memory, region
         self._first_rank, self._store = first_rank, store
-        os.ftruncate(memory, MEMORY_BYTES)
         self._pidfd = np.full(size, -1, np.int32)
         first_part = -(-size * abi.SIGNAL_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
         self.struct = abi.Group(
             first_part=first_part, pidfd=self._pidfd.ctypes.data, rank=rank, size=size, lost=-1, part_bytes=_PART_BYTES
         )
-        self._map()
-        self._meet()
+        try:
+            self._map()
+            self._meet()
+        except BaseException:
+            self._close_descriptors()
+            raise
 
     def all_reduce(self, x: Tensor) -> None:
         assert x.dtype == torch.float32 and x.is_contiguous()
@@ -70,13 +75,18 @@ class SharedComm:
     def close(self) -> None:
         """Ranks that still wait for this one raise."""
         struct.pack_into("<I", self._mapping, self._signal(self.struct.rank) + abi.CLOSED_OFFSET, 1)
-        for descriptor in self._pidfd[self._pidfd >= 0].tolist():
-            os.close(descriptor)
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        for descriptor in (self._memory, *self._pidfd.tolist()):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._memory = -1
         self._pidfd[:] = -1
 
     def _map(self) -> None:
         length = self.struct.first_part + 2 * self.struct.size * self.struct.part_bytes
-        self._mapping = mmap.mmap(self._memory, length, mmap.MAP_SHARED, offset=self._region << REGION_BITS)
+        self._mapping = map_region(self._memory, self._region, length)
         self.struct.memory = np.frombuffer(self._mapping, np.uint8).ctypes.data
 
     def _meet(self) -> None:
@@ -99,3 +109,9 @@ class SharedComm:
 
     def _signal(self, rank: int) -> int:
         return rank * abi.SIGNAL_BYTES
+
+
+def map_region(memory: int, region: int, size: int, offset: int = 0) -> mmap.mmap:
+    """``size`` bytes of a region of what ranks share; zero where nobody has written."""
+    os.ftruncate(memory, _MEMORY_BYTES)
+    return mmap.mmap(memory, size, mmap.MAP_SHARED, offset=(region << REGION_BITS) + offset)
