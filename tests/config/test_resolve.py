@@ -72,7 +72,7 @@ def test_one_rank_runs_in_process_and_says_why() -> None:
 
 def test_an_executor_that_is_not_there_names_those_that_are() -> None:
     accepted = refused(distributed_executor_backend="dask").accepted
-    assert accepted == "must be auto, uni, mp, ray, external_launcher, fake, or an import path module:Class"
+    assert accepted == "must be auto, uni, mp, ray, external_launcher, or an import path module:Class"
 
 
 def test_an_executor_of_the_users_own_is_an_import_path() -> None:
@@ -112,10 +112,12 @@ def test_ranks_that_do_not_fit_go_to_ray_where_there_is_a_cluster() -> None:
     assert executor == "ray" and "257 MiB of weights for 250 MiB of free memory" in reason
     executor, reason = chosen(cores=2, pipeline_parallel_size=3)
     assert executor == "mp" and "no Ray cluster is at hand" in reason
+    assert chosen(cores=2, pipeline_parallel_size=3, ray_address="10.0.0.1:6379")[0] == "ray"
 
 
 def test_inside_a_placement_group_several_ranks_take_its_bundles_and_one_stays_here() -> None:
-    assert chosen("placement_group", tensor_parallel_size=2)[0] == "ray"
+    executor, reason = chosen("placement_group", tensor_parallel_size=2)
+    assert executor == "ray" and reason == "2 ranks, and this process runs inside a Ray placement group"
     assert chosen("placement_group")[0] == "uni"
 
 
@@ -253,9 +255,36 @@ def test_a_max_model_len_that_cannot_be_is_refused() -> None:
 
 
 def test_no_room_for_a_block_names_the_memory_setting() -> None:
-    assert refused(kv_cache_memory_bytes=1000).field == "kv_cache_memory_bytes"
-    assert refused(machine=replace(MACHINE, free_memory=1 << 20)).field == "kv_cache_memory_bytes"
+    given = refused(kv_cache_memory_bytes=1000)
+    assert (given.field, given.accepted) == (
+        "kv_cache_memory_bytes",
+        "leaves no room for KV cache: one block takes 0.4 MiB",
+    )
+    automatic = refused(machine=replace(MACHINE, free_memory=1 << 20))
+    assert automatic.field == "kv_cache_memory_bytes"
+    assert "the weights take 257.5 MiB of a rank's 1.0 MiB of free memory, one block takes 0.4 MiB" in str(automatic)
     assert refused(gpu_memory_utilization=0.01).field == "gpu_memory_utilization"
+
+
+def test_a_setting_that_nothing_reads_warns_whoever_gave_it() -> None:
+    unread: list[tuple[ModelFacts, dict[str, Any], str]] = [
+        (DECODER, {"ray_address": "x"}, "ray_address='x' is not used: the executor is uni"),
+        (DECODER, {"placement_group_config": {"odd": 1}}, "placement_group_config=.* is not used"),
+        (DECODER, {"step_timeout_s": 5.0}, "step_timeout_s=5.0 is not used: the executor is uni"),
+        (ENCODER, {"kv_cache_memory_bytes": 1 << 30}, "is not used: an encoder keeps no cache"),
+    ]
+    for facts, settings, said in unread:
+        with pytest.warns(RuntimeWarning, match=said) as caught:
+            config = settled(facts, **settings)
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert why(config, next(iter(settings)))[1].startswith("not used: ")
+
+
+def test_timeouts_say_whether_they_were_given() -> None:
+    two = {"distributed_executor_backend": "mp", "tensor_parallel_size": 2}
+    assert why(settled(**two, step_timeout_s=5.0), "step_timeout_s") == (5.0, "given")
+    assert "hangs" in why(settled(**two), "start_timeout_s")[1]
+    assert why(settled(), "start_timeout_s") == (600.0, "not used: the executor is uni")
 
 
 def test_two_ways_to_size_the_cache_contradict() -> None:

@@ -17,7 +17,7 @@ NAME_WIDTH, VALUE_WIDTH, REASON_WIDTH = 30, 24, 66
 
 
 def run(options: ExplainOptions, args: EngineArgs) -> int:
-    path = resolve_source(args.model, load_format=args.load_format)
+    path = resolve_source(args.model, args.revision, load_format=args.load_format)
     config = resolve(args, describe(path), machine_facts(), str(path))
     print(as_json(config.choices) if options.json else as_table(config.choices))
     return 0

@@ -9,6 +9,7 @@ from headway.config.settings import ParallelConfig
 from headway.errors import ConfigError
 
 EXECUTORS = ("uni", "mp", "ray", "external_launcher", "fake")
+_IGNORE_TIMEOUT = {"start_timeout_s": ("uni", "external_launcher", "fake"), "step_timeout_s": ("uni", "fake")}
 PRODUCT = "tensor_parallel_size * pipeline_parallel_size"
 
 
@@ -29,14 +30,17 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
     if dp > 1:
         raise ConfigError("data_parallel_size", dp, "must be 1: this version runs one replica")
     choices.note("data_parallel_size", dp, "one replica")
-    for name in ("start_timeout_s", "step_timeout_s"):
-        choices.note(name, getattr(args, name), "a worker that hangs must not hang its callers")
+    executor = _executor(choices, machine, tp * pp, weights)
+    for name, ignoring in _IGNORE_TIMEOUT.items():
+        if executor in ignoring:
+            choices.unused(name, why=f"the executor is {executor}")
+        else:
+            choices.default(name, "a worker that hangs must not hang its callers")
     return ParallelConfig(
-        executor=_executor(choices, machine, tp * pp, weights),
+        executor=executor,
         tensor_parallel_size=tp,
         pipeline_parallel_size=pp,
         stage_layers=stage_layers,
-        data_parallel_size=dp,
         start_timeout_s=args.start_timeout_s,
         step_timeout_s=args.step_timeout_s,
     )
@@ -68,10 +72,11 @@ def ranks_on_this_node(parallel: ParallelConfig, machine: MachineFacts, weights:
 
 def _executor(choices: Choices, machine: MachineFacts, ranks: int, weights: int) -> str:
     asked = choices.args.distributed_executor_backend
-    automatic, reason = _automatic(machine, ranks, weights)
+    cluster = machine.ray is not None or choices.args.ray_address is not None
+    automatic, reason = _automatic(machine, ranks, weights, cluster)
     executor = choices.pick("distributed_executor_backend", None if asked == "auto" else asked, automatic, reason)
     if executor not in EXECUTORS and ":" not in executor:
-        accepted = f"must be auto, {', '.join(EXECUTORS)}, or an import path module:Class"
+        accepted = f"must be auto, {', '.join(e for e in EXECUTORS if e != 'fake')}, or an import path module:Class"
         raise ConfigError("distributed_executor_backend", asked, accepted)
     if executor == "uni" and ranks > 1:
         accepted = f"runs one rank, but {PRODUCT} = {ranks}; auto, mp, ray and external_launcher run several"
@@ -81,12 +86,12 @@ def _executor(choices: Choices, machine: MachineFacts, ranks: int, weights: int)
     return executor
 
 
-def _automatic(machine: MachineFacts, ranks: int, weights: int) -> tuple[str, str]:
-    """The executor, and why."""
+def _automatic(machine: MachineFacts, ranks: int, weights: int, cluster: bool) -> tuple[str, str]:
+    """The executor, and why. cluster: one of Ray is at hand."""
     if ranks == 1:
         return "uni", f"one rank ({PRODUCT} = 1) needs no other process"
     if machine.ray == "placement_group":
-        return "ray", f"{ranks} ranks, and the placement group around this process has room for them"
+        return "ray", f"{ranks} ranks, and this process runs inside a Ray placement group"
     if ranks <= machine.cores and weights <= machine.free_memory:
         return "mp", f"{ranks} ranks ({PRODUCT}) fit on this node, a process each"
     lacking = (
@@ -94,7 +99,7 @@ def _automatic(machine: MachineFacts, ranks: int, weights: int) -> tuple[str, st
         if ranks > machine.cores
         else f"{weights >> 20} MiB of weights for {machine.free_memory >> 20} MiB of free memory"
     )
-    if machine.ray == "cluster":
+    if cluster:
         return "ray", f"this node is too small ({lacking}), and a Ray cluster is at hand"
     return "mp", f"no Ray cluster is at hand, so all ranks share this node, small as it is ({lacking})"
 

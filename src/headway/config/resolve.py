@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 from headway.config.args import EngineArgs
-from headway.config.choices import Choices
+from headway.config.choices import Choices, callers_level
 from headway.config.facts import ModelFacts
 from headway.config.machine import Isa, MachineFacts
 from headway.config.parallel import ranks_on_this_node, resolve_parallel
@@ -47,6 +46,8 @@ def resolve(args: EngineArgs, facts: ModelFacts, machine: MachineFacts, path: st
     longest = -(-(args.max_model_len or facts.max_positions) // block_size) * block_size * token_bytes
     free = machine.free_memory // neighbours
     budget = _kv_budget(choices, facts, free, neighbours, weights // parallel.ranks, longest)
+    if budget < block_size * token_bytes:
+        raise _no_room(args, budget, block_size * token_bytes, weights // parallel.ranks, free)
     max_tokens = budget // token_bytes // block_size * block_size if token_bytes else None
     max_model_len = _max_model_len(choices, facts, max_tokens)
     scheduler = _scheduler(choices, facts, max_model_len)
@@ -70,7 +71,7 @@ def resolve(args: EngineArgs, facts: ModelFacts, machine: MachineFacts, path: st
         scheduler=scheduler,
         parallel=parallel,
         device=device,
-        ray=_ray(choices, parallel, device),
+        ray=_ray(choices, parallel, device.threads),
         trace=args.trace,
         choices=choices.in_order(),
     )
@@ -96,7 +97,7 @@ def _ops(choices: Choices, machine: MachineFacts) -> str:
     compiled = machine.has_cpu_kernels
     reason = "the compiled kernels are installed" if compiled else "the compiled kernels are not installed"
     if args.ops is None and not compiled:
-        warnings.warn(NO_KERNELS, RuntimeWarning, stacklevel=_callers_level())
+        warnings.warn(NO_KERNELS, RuntimeWarning, stacklevel=callers_level())
     ops = choices.pick("ops", args.ops, "cpu" if compiled else "reference", reason)
     if args.quantization == "int8" and ops == "reference":
         raise ConfigError("quantization", "int8", "needs the compiled kernels, but ops is reference")
@@ -116,32 +117,20 @@ def _device(choices: Choices, machine: MachineFacts, ops: str, neighbours: int) 
     )
 
 
-def _ray(choices: Choices, parallel: ParallelConfig, device: DeviceConfig) -> RayConfig:
+def _ray(choices: Choices, parallel: ParallelConfig, threads: int) -> RayConfig:
     args = choices.args
-    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    bundle = {"CPU": float(device.threads)} if device.device == "cpu" else {"CPU": 1.0, "GPU": 1.0}
-    bundles, strategy = parse_placement(args.placement_group_config or {}, ranks, bundle)
-    asked = {"bundles": list(bundles), "strategy": strategy}
     if parallel.executor != "ray":
-        for name in ("ray_address", "placement_group_config", "placement_group_timeout_s"):
-            choices.note(name, getattr(args, name), f"not used: the executor is {parallel.executor}")
-    else:
-        choices.note("ray_address", args.ray_address, "given" if args.ray_address else "RAY_ADDRESS, or what runs here")
-        choices.note("placement_group_config", asked, "given" if args.placement_group_config else "a bundle a rank")
-        choices.note(
-            "placement_group_timeout_s", args.placement_group_timeout_s, "resources may have to be freed first"
-        )
+        names = ("ray_address", "placement_group_config", "placement_group_timeout_s")
+        choices.unused(*names, why=f"the executor is {parallel.executor}")
+        return RayConfig()
+    bundles, strategy = parse_placement(args.placement_group_config or {}, parallel.ranks, {"CPU": float(threads)})
+    asked = {"bundles": list(bundles), "strategy": strategy}
+    choices.note("ray_address", args.ray_address, "given" if args.ray_address else "RAY_ADDRESS, or what runs here")
+    choices.note("placement_group_config", asked, "given" if args.placement_group_config else "a bundle a rank")
+    choices.default("placement_group_timeout_s", "resources may have to be freed first")
     return RayConfig(
         address=args.ray_address, bundles=bundles, strategy=strategy, timeout_s=args.placement_group_timeout_s
     )
-
-
-def _callers_level() -> int:
-    """The stacklevel, for a warning of the function that asks, at which its line is the first outside headway."""
-    level, frame = 1, sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("headway."):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _isa(choices: Choices, machine: MachineFacts, ops: str) -> Isa:
@@ -179,8 +168,7 @@ def _kv_budget(choices: Choices, facts: ModelFacts, free: int, neighbours: int, 
     """Bytes a rank's KV cache may take. free, weights: bytes a rank. longest: what a request of max_model_len needs."""
     args = choices.args
     if not _keeps_cache(facts):
-        for name in ("kv_cache_memory_bytes", "gpu_memory_utilization"):
-            choices.note(name, getattr(args, name), "not used: an encoder keeps no cache")
+        choices.unused("kv_cache_memory_bytes", "gpu_memory_utilization", why="an encoder keeps no cache")
         return 0
     if args.kv_cache_memory_bytes is not None:
         if args.gpu_memory_utilization is not None:
@@ -214,8 +202,6 @@ def _block_size(choices: Choices) -> int:
 def _max_model_len(choices: Choices, facts: ModelFacts, max_tokens: int | None) -> int:
     """max_tokens: what the KV cache can hold; None without a cache."""
     asked, limit = choices.args.max_model_len, facts.max_positions
-    if max_tokens == 0:
-        raise ConfigError(*_memory_setting(choices.args), "leaves no room for one block of KV cache")
     if asked is not None and asked > limit:
         raise ConfigError("max_model_len", asked, f"the model has {limit} positions")
     if asked is not None and max_tokens is not None and asked > max_tokens:
@@ -225,10 +211,21 @@ def _max_model_len(choices: Choices, facts: ModelFacts, max_tokens: int | None) 
     return choices.pick("max_model_len", asked, limit, "the model's positions")
 
 
-def _memory_setting(args: EngineArgs) -> tuple[str, object]:
+def _no_room(args: EngineArgs, budget: int, block: int, weights: int, free: int) -> ConfigError:
+    """budget, block: bytes there are, and that one block takes. weights, free: bytes a rank."""
+    needed = f"one block takes {_mib(block)}"
+    if args.kv_cache_memory_bytes is not None:
+        return ConfigError("kv_cache_memory_bytes", budget, f"leaves no room for KV cache: {needed}")
+    left = f"leaves no room for KV cache: the weights take {_mib(weights)} of a rank's {_mib(free)} of free memory"
     if args.gpu_memory_utilization is not None:
-        return "gpu_memory_utilization", args.gpu_memory_utilization
-    return "kv_cache_memory_bytes", args.kv_cache_memory_bytes
+        accepted = f"{left}, {needed}; a larger share, or a higher tensor_parallel_size on more nodes, leaves some"
+        return ConfigError("gpu_memory_utilization", args.gpu_memory_utilization, accepted)
+    accepted = f"{left}, {needed}; free some, split the model over more nodes, or give this setting to go beyond it"
+    return ConfigError("kv_cache_memory_bytes", None, accepted)
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
 
 
 def _scheduler(choices: Choices, facts: ModelFacts, max_model_len: int) -> SchedulerConfig:

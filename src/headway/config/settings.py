@@ -66,13 +66,12 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     stage_layers: tuple[int, ...] = ()
-    data_parallel_size: int = 1
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
 
     @property
     def ranks(self) -> int:
-        """Of one replica."""
+        """Of one engine."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property

@@ -24,11 +24,12 @@ def make_executor(config: EngineConfig) -> Executor:
     name = config.parallel.executor
     module, _, attribute = _NAMES.get(name, name).partition(":")
     if not attribute:
-        raise ConfigError("executor", name, f"must be one of {', '.join(_NAMES)} or an import path 'module:Class'")
+        accepted = f"must be one of {', '.join(_NAMES)} or an import path module:Class"
+        raise ConfigError("distributed_executor_backend", name, accepted)
     try:
         factory = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         if name in _NAMES:
             raise
-        raise ConfigError("executor", name, f"cannot be imported ({error})") from error
+        raise ConfigError("distributed_executor_backend", name, f"cannot be imported ({error})") from error
     return factory(config)
