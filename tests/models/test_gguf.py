@@ -82,8 +82,9 @@ def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:
 def test_logits_equal_those_of_the_converted_model(
     name: str, arch: str, checkpoint: Make, load: Make, paged: Make, prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    reference, _ = checkpoint(name)
+    reference, path = checkpoint(name)
     model = load(write_gguf(reference, arch, tmp_path / "m.gguf"))
+    assert model.spec == load(path).spec  # so that it takes the other's weights
     found = paged(model, prompts).logits({0: len(prompts[0])})[0]
     torch.testing.assert_close(found, logits_of(reference, prompts[0]), **TOLERANCE)
 

@@ -71,7 +71,7 @@ def config_from_gguf(file: GGUFFile) -> Config:
         known = ", ".join(_GGUF_ARCHITECTURES)
         raise ModelError(f"{file.path}: GGUF architecture {arch!r} is not supported; supported are {known}")
     keys = _GPT2_KEYS if arch == "gpt2" else _GGUF_KEYS
-    own = {key.removeprefix(f"{arch}."): value for key, value in file.metadata.items() if key.startswith(f"{arch}.")}
+    own = {k.removeprefix(f"{arch}."): _as_written(v) for k, v in file.metadata.items() if k.startswith(f"{arch}.")}
     config: Config = {name: own[key] for key, name in keys.items() if key in own}
     config["model_type"], config["architectures"] = arch, [_GGUF_ARCHITECTURES[arch]]
     if "token_embd.weight" not in file.tensors:
@@ -85,6 +85,11 @@ def config_from_gguf(file: GGUFFile) -> Config:
         config["rope_theta"] = own.get("rope.freq_base", 10000.0)
         config["rope_scaling"] = _gguf_rope_scaling(file, own)
     return config
+
+
+def _as_written(value: Any) -> Any:
+    """The decimal that a float32 came from, as config.json has it: 1e-05 and not 9.999999747378752e-06."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _gguf_rope_scaling(file: GGUFFile, own: dict[str, Any]) -> Config | None:
