@@ -18,9 +18,9 @@ def test_throughput_reports_the_workload_it_ran(tmp_path: Path, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == report
     assert (report["input_len"], report["output_len"], report["num_prompts"]) == (8, 4, 3)
     assert len(report["elapsed_s"]) == 2
-    slower = max(report["elapsed_s"])
-    assert abs(report["output_tokens_per_s"] * slower - 12) < 0.5
-    assert abs(report["rows_per_s"] * slower - 3) < 0.2
+    typical = sum(report["elapsed_s"]) / 2
+    assert abs(report["output_tokens_per_s"] * typical - 12) < 0.5
+    assert abs(report["rows_per_s"] * typical - 3) < 0.2
     assert report["startup_s"] > 0
     assert (report["executor"], report["async_scheduling"], report["enable_prefix_caching"]) == ("uni", True, False)
     assert report["steps"] == 8  # two repeats of one prefill and three decodes

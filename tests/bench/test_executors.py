@@ -44,17 +44,18 @@ def args(options: list[str]) -> EngineArgs:
 def test_executors_are_compared_and_those_that_cannot_run_say_why(tiny: list[str], tmp_path: Path, capsys) -> None:
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     sizes = ["--input-len", "8", "--output-lens", "1,3", "--concurrency", "2", "--num-prompts", "4", "--repeats", "2"]
-    chosen = ["--executors", "uni,absent", "--json", str(out), "--report", str(page)]
+    chosen = ["--executors", "uni,mp,absent", "--json", str(out), "--report", str(page)]
     assert main(["bench", "executors", *tiny, *sizes, *chosen]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(r["executor"], r["async_scheduling"], r["output_len"]) for r in rows] == [
         (executor, overlap, output_len)
         for output_len in (1, 3)
-        for executor in ("uni", "absent")
+        for executor in ("uni", "mp", "absent")
         for overlap in (True, False)
     ]
     for row in rows:
-        if row["executor"] == "uni":
+        if row["executor"] != "absent":
+            assert row["startup_s"] > 0
             assert len(row["rows_per_s"]) == 2
             assert row["steps"] == 2 * 2 * row["output_len"]  # two repeats, four prompts two at a time
             assert 0 < row["executor_tax"] < 1
@@ -62,7 +63,8 @@ def test_executors_are_compared_and_those_that_cannot_run_say_why(tiny: list[str
             assert row["rows_per_s"] == []
             assert "absent" in row["error"]
     table = capsys.readouterr().out
-    assert table.count("\n     uni") == 4
+    assert table.count("\n     uni") == table.count("\n      mp") == 4
+    assert "start s" in table and "start s" in page.read_text()
     assert "ConfigError: distributed_executor_backend='absent'" in table
     text = page.read_text()
     for drawing in text.split("<svg")[1:]:
@@ -154,6 +156,16 @@ def test_options_are_words_between_commas() -> None:
     assert words(" uni, mp,uni,,") == ["uni", "mp"]
     with pytest.raises(ConfigError):
         ExecutorsOptions(repeats=0)
+
+
+@pytest.mark.long
+def test_engines_of_one_ray_cluster_wait_side_by_side(tiny: list[str], tmp_path: Path) -> None:
+    out, threads = tmp_path / "out.json", ["--threads", str(os.cpu_count() or 1)]  # a bundle as large as the cluster
+    sizes = ["--input-len", "8", "--output-lens", "2", "--concurrency", "2", "--num-prompts", "2", "--repeats", "1"]
+    chosen = ["--executors", "ray", "--json", str(out), "--placement-group-timeout-s", "60"]
+    assert main(["bench", "executors", *tiny, *threads, *sizes, *chosen]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["executor"], row["error"], row["steps"]) for row in rows] == [("ray", None, 2)] * 2
 
 
 @pytest.mark.parametrize("executor", ["uni", "mp"])

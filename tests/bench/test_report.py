@@ -1,16 +1,26 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from headway.bench.report import accounting, check_file, median, peak_rss_mb, percentiles, process_age_s, publish
+from headway.bench.report import accounting, check_file, peak_rss_mb, percentiles, process_age_s, publish
 from headway.bench.workload import random_prompts
 from headway.engine import StepTimes
 from headway.errors import ConfigError
+from headway.messages import WorkerInfo
+
+
+def worker_info(**fields: Any) -> WorkerInfo:
+    """Of a model in this process, but for the fields that are given."""
+    numbers = dict.fromkeys(("num_blocks", "block_size", "vocab_size", "weights_bytes", "kv_bytes"), 0)
+    info = {"executor": "uni", "threads": 1, "kernels": "cpu", "program": True, "startup_s": {}, "pids": [os.getpid()]}
+    return WorkerInfo(**{**numbers, **info, **fields})
 
 
 def test_prompts_are_those_every_engine_gets() -> None:
@@ -24,8 +34,6 @@ def test_prompts_are_those_every_engine_gets() -> None:
 def test_percentiles_are_measured_values() -> None:
     assert percentiles([float(i) for i in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
     assert percentiles([7.0]) == {"p50": 7.0, "p90": 7.0, "p99": 7.0}
-    assert median([3.0, 1.0, 2.0]) == 2.0
-    assert median([1.0, 2.0]) == 2.0
 
 
 def test_a_report_is_one_line_and_a_file(tmp_path: Path, capsys) -> None:
@@ -49,4 +57,10 @@ def test_the_process_knows_its_age_and_its_peak_memory() -> None:
     assert first is not None
     time.sleep(0.05)
     assert 0.02 < (process_age_s() or 0) - first < 5
-    assert 5 < peak_rss_mb() < 100_000
+    assert 5 < (peak_rss_mb(worker_info()) or 0) < 100_000
+
+
+def test_memory_is_that_of_all_processes_where_they_are_here() -> None:
+    alone, with_parent = peak_rss_mb(worker_info()), peak_rss_mb(worker_info(pids=[os.getpid(), os.getppid()]))
+    assert alone is not None and with_parent is not None and with_parent > alone
+    assert peak_rss_mb(worker_info(executor="ray")) is None

@@ -108,7 +108,7 @@ class Comparison(msgspec.Struct, kw_only=True):
             _percent(row.executor_tax, sign=False),
         ]
         depth = "on" if row.async_scheduling else "off"
-        return [row.executor, depth, str(row.concurrency), str(row.output_len), *measured]
+        return [row.executor, depth, str(row.concurrency), str(row.output_len), _number(row.startup_s), *measured]
 
     def as_text(self) -> str:
         rows = [list(HEADER), *(self.cells(row) for row in self.rows)]
@@ -129,6 +129,7 @@ HEADER = (
     "async",
     "concurrency",
     "output",
+    "start s",
     "rows/s",
     "least - most",
     "tokens/s",

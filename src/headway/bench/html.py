@@ -17,7 +17,7 @@ tr.first td { border-top: 2px solid #b9c1cb } .plots { display: flex; flex-wrap:
 figure { margin: 0 } figcaption { color: #57606c; font-size: .85rem } svg { max-width: 100%; height: auto }
 text { font: 12px system-ui, sans-serif; fill: #1c2430 } .note { fill: #57606c }
 """
-_COLOURS = {"uni": "#2f6fb0", "mp": "#3f9c6b", "ray": "#d08a2e", "external_launcher": "#8b62b5"}
+_COLOURS = {"uni": "#2f6fb0", "mp": "#3f9c6b", "ray": "#d08a2e"}
 _OTHER = "#7b8794"
 _WIDTH, _LABEL, _VALUE, _ROW, _BAR = 450, 110, 90, 26, 16
 _SPAN = _WIDTH - _LABEL - _VALUE

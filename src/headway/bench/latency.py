@@ -50,7 +50,7 @@ async def measure(options: LatencyOptions, args: EngineArgs) -> dict[str, Any]:
             "tpot_ms": percentiles(each),
             "itl_ms": percentiles(gaps),
             **accounting(llm.metrics().times.since(before)),
-            "peak_rss_mb": peak_rss_mb(),
+            "peak_rss_mb": peak_rss_mb(llm.executor_info),
             **engine_facts(llm),
         }
 

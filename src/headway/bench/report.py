@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from headway.errors import ConfigError
 
 if TYPE_CHECKING:
     from headway.engine import StepTimes
+    from headway.executor import WorkerInfo
     from headway.llm.frontend import Client
 
 PACKAGES = ("headway", "torch", "numpy", "tokenizers")
@@ -24,10 +24,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def peak_rss_mb() -> float:
-    """The most memory this process has held, in 10^6 bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+def peak_rss_mb(info: WorkerInfo) -> float | None:
+    """The most memory that this process and the workers' have held, each at its time, in 10^6 bytes.
+
+    Pages that they share count for each. None where workers are other nodes' processes, or /proc does not say.
+    """
+    if info.executor == "ray":
+        return None
+    try:
+        return round(sum(_peak_rss_kib(pid) for pid in {os.getpid(), *info.pids}) * 1024 / 1e6, 1)
+    except OSError:
+        return None
+
+
+def _peak_rss_kib(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def process_age_s() -> float | None:
@@ -87,8 +99,3 @@ def percentiles(values: list[float], points: tuple[int, ...] = (50, 90, 99)) -> 
     """Nearest-rank percentiles, which are values that were measured."""
     ordered = sorted(values)
     return {f"p{p}": round(ordered[max(0, -(-len(ordered) * p // 100) - 1)], 3) for p in points}
-
-
-def median(values: list[float]) -> float:
-    """The upper one of an even number: also a value that was measured."""
-    return sorted(values)[len(values) // 2]

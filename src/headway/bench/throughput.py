@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from statistics import median
 from typing import Any
 
 from headway.bench.options import ThroughputOptions
-from headway.bench.report import accounting, check_file, engine_facts, median, peak_rss_mb, process_age_s, publish
+from headway.bench.report import accounting, check_file, engine_facts, peak_rss_mb, process_age_s, publish
 from headway.bench.workload import Mode, random_prompts, run_pass
 from headway.config import EngineArgs
 
@@ -40,7 +41,7 @@ def measure(options: ThroughputOptions, args: EngineArgs) -> dict[str, Any]:
         run_pass(llm, options.mode, prompts[:WARM_UP_PROMPTS], options.output_len)
         before = llm.metrics().times
         passes = [run_pass(llm, options.mode, prompts, options.output_len) for _ in range(options.repeats)]
-        typical_s = median([one.elapsed_s for one in passes])
+        typical_s = median(one.elapsed_s for one in passes)
         tokens = passes[-1].tokens
         return {
             "engine": "headway",
@@ -55,6 +56,6 @@ def measure(options: ThroughputOptions, args: EngineArgs) -> dict[str, Any]:
             "output_tokens_per_s": round(tokens / typical_s, 1) if tokens else None,
             "rows_per_s": round(options.num_prompts / typical_s, 2),
             **accounting(llm.metrics().times.since(before)),
-            "peak_rss_mb": peak_rss_mb(),
+            "peak_rss_mb": peak_rss_mb(llm.executor_info),
             **engine_facts(llm),
         }
