@@ -99,6 +99,13 @@ def test_files_are_checked_before_a_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
+def test_sampling_that_no_row_can_use_is_refused_before_a_model_is_loaded(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    words = ["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out"), "--model", "no-such-model"]
+    assert main([*words, "--top-p", "2"]) == 2
+    assert capsys.readouterr().err == "headway: top_p=2.0: must be above 0.0 and at most 1.0\n"
+
+
 def test_a_model_that_is_not_there_leaves_nothing_behind(tmp_path: Path, capsys) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     assert main(["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out"), "--model", "./absent/model"]) == 2

@@ -9,11 +9,12 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from headway.batch.options import BatchOptions
-from headway.batch.rows import count_lines, read_rows
+from headway.batch.rows import count_lines, read_rows, sampling_params
 from headway.batch.runner import BatchRun, Tally
 from headway.batch.writer import OrderedWriter
 from headway.config import EngineArgs
@@ -27,12 +28,14 @@ def run(options: BatchOptions, args: EngineArgs) -> int:
     Only rows go to the standard output, if they are to go there: the rest is for people.
     """
     began = time.perf_counter()
+    defaults = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
+    sampling_params(None, defaults)  # what no row can use is refused before anything starts
     source, target = _paths(options)
     writer = OrderedWriter(target)
     try:
         with writer:
             llm = AsyncLLM(**asdict(args))
-            tally, said = asyncio.run(_answer(llm, source, writer, options, began))
+            tally, said = asyncio.run(_answer(llm, source, writer, defaults, began))
     except BaseException as error:
         if writer.written and not writer.direct:
             print(f"headway: {writer.written} answered rows are kept in {writer.partial}", file=sys.stderr)
@@ -59,13 +62,12 @@ def _paths(options: BatchOptions) -> tuple[Path, Path]:
 
 
 async def _answer(
-    llm: AsyncLLM, source: Path, writer: OrderedWriter, options: BatchOptions, began: float
+    llm: AsyncLLM, source: Path, writer: OrderedWriter, defaults: dict[str, Any], began: float
 ) -> tuple[Tally, str]:
     """Cancelled by Ctrl-C; further ones do not break into the engine's end."""
     task = asyncio.current_task()
     assert task
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
-    defaults = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
     async with llm:
         started = time.perf_counter()
         with Progress(count_lines(source)) as progress:
