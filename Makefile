@@ -29,7 +29,7 @@ test: venv
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q
 
 test-long: venv
-	$(BIN)/python -m pytest -q -m "long or not long"
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "long or not long"
 
 check: venv
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""headway runs language models: offline over datasets, online behind an OpenAI-compatible server, on any executor."""
+"""headway runs language models: over datasets, in scripts and in asyncio programs, on any executor."""
 
 from __future__ import annotations
 
