@@ -55,11 +55,9 @@ class EngineArgs:
     pipeline_parallel_size: int = setting(1, text="ranks that split the layers", short="-pp", low=1)
     data_parallel_size: int = setting(1, text="replicas of the engine", short="-dp", low=1)
     start_timeout_s: float = setting(
-        600.0, text="mp, ray: how long the workers may take to load the model (0: any time)", low=0
+        600.0, text="unless uni: how long the ranks may take to load the model (0: any time)", low=0
     )
-    step_timeout_s: float = setting(
-        300.0, text="mp, ray, external_launcher: how long one step may take (0: any time)", low=0
-    )
+    step_timeout_s: float = setting(300.0, text="unless uni: how long one step may take (0: any time)", low=0)
 
     ray_address: str | None = setting(
         text="ray: the cluster to join (default: RAY_ADDRESS, one that runs here, a new one)"

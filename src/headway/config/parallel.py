@@ -9,7 +9,7 @@ from headway.config.settings import ParallelConfig
 from headway.errors import ConfigError
 
 EXECUTORS = ("uni", "mp", "ray", "external_launcher", "fake")
-_IGNORE_TIMEOUT = {"start_timeout_s": ("uni", "external_launcher", "fake"), "step_timeout_s": ("uni", "fake")}
+TIMEOUTS = ("start_timeout_s", "step_timeout_s")
 PRODUCT = "tensor_parallel_size * pipeline_parallel_size"
 
 
@@ -31,10 +31,10 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
         raise ConfigError("data_parallel_size", dp, "must be 1: this version runs one replica")
     choices.note("data_parallel_size", dp, "one replica")
     executor = _executor(choices, machine, tp * pp, weights)
-    for name, ignoring in _IGNORE_TIMEOUT.items():
-        if executor in ignoring:
-            choices.unused(name, why=f"the executor is {executor}")
-        else:
+    if executor in ("uni", "fake"):
+        choices.unused(*TIMEOUTS, why=f"the executor is {executor}")
+    else:
+        for name in TIMEOUTS:
             choices.default(name, "a worker that hangs must not hang its callers")
     return ParallelConfig(
         executor=executor,
