@@ -110,6 +110,24 @@ def test_weights_that_do_not_fit_are_refused_and_so_are_requests_until_others_do
         assert tokens(llm) == truth[1]
 
 
+def failing() -> Iterator[tuple[str, torch.Tensor]]:
+    raise KeyError("nothing")
+    yield
+
+
+@pytest.mark.parametrize("executor", ["uni", "mp"])
+def test_weights_that_cannot_be_read_at_all_leave_those_before(
+    executor: str, checkpoints: Any, settings: Any, truth: Any, smollm2_gguf: Path
+) -> None:
+    with LLM(str(checkpoints[0]), **settings, distributed_executor_backend=executor) as llm:
+        for path, error in (("./no-such-model", "config.json"), (smollm2_gguf, "another model")):
+            with pytest.raises(ModelError, match=error):
+                llm.update_weights(path)
+        with pytest.raises(KeyError):
+            llm.update_weights(failing())
+        assert tokens(llm) == truth[0]
+
+
 @pytest.mark.parametrize("executor", ["uni", "mp"])
 def test_sleep_gives_memory_back_and_the_engine_wakes_up_as_it_was(
     executor: str, checkpoints: Any, settings: Any, truth: Any

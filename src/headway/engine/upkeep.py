@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
+from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,15 +41,21 @@ class Upkeep:
     def update_weights(self, weights: Weights) -> None:
         """See LLM.update_weights."""
         self._check_idle()
-        self._scheduler.drop_prefix_cache()
-        self._lacks = "the last update of the weights failed, they may be a mixture"
         if isinstance(weights, (str, PathLike)):
-            self._executor.call("update_weights", fspath(weights))
+            self._replace(fspath(weights))
         elif self._executor.in_process:
-            self._executor.call("update_weights", weights)
+            coming = iter(weights)
+            first = list(islice(coming, 1))  # an iterable that fails at once leaves the weights as they are
+            self._replace(chain(first, coming))
         else:
             with tempfile.TemporaryDirectory(prefix="headway-") as folder:
-                self._executor.call("update_weights", _save(weights, Path(folder)))
+                self._replace(_save(weights, Path(folder)))
+
+    def _replace(self, weights: str | Iterable[tuple[str, Tensor]]) -> None:
+        self._executor.call("check_weights", weights if isinstance(weights, str) else None)
+        self._scheduler.drop_prefix_cache()
+        self._lacks = "the last update of the weights failed, they may be a mixture"
+        self._executor.call("update_weights", weights)
         self._lacks = ""
 
     def sleep(self, level: Literal[1, 2]) -> None:
@@ -56,6 +63,8 @@ class Upkeep:
         if level not in (1, 2):
             raise ConfigError("level", level, "must be 1 (the KV cache) or 2 (the weights too)")
         self._check_idle()
+        if level == 2:
+            self._executor.call("check_weights", None)
         self._scheduler.drop_prefix_cache()
         self._level = max(self._level, level)
         if level == 2:

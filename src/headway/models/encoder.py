@@ -15,7 +15,7 @@ from headway.errors import RequestError
 from headway.models import pooling
 from headway.models.families.bert import PREFIXES
 from headway.models.layers import Norm, add_linear
-from headway.models.packing import Packer
+from headway.models.packing import Packer, head_rows, rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,12 +127,12 @@ class EncoderPacker(Packer):
         dtype: torch.dtype,
         quantization: str | None,
     ) -> None:
-        super().__init__(source, ops, dtype, quantization)
-        self.spec, self.shard = spec, shard
+        super().__init__(source, ops, dtype, quantization, shard, PREFIXES)
+        self.spec = spec
 
     def weights(self) -> EncoderWeights:
-        spec, shard, has = self.spec, self.shard, self.source.has
-        prefix = next((p for p in PREFIXES if has(f"{p}embeddings.word_embeddings.weight")), "")
+        spec, shard = self.spec, self.shard
+        prefix = self.prefix_of("embeddings.word_embeddings.weight")
         tables, size = f"{prefix}embeddings.", spec.hidden_size
         dense, classifier = self._head(spec, prefix)
         return EncoderWeights(
@@ -147,28 +147,26 @@ class EncoderPacker(Packer):
 
     def _layer(self, spec: EncoderSpec, shard: Shard, layer: str) -> EncoderLayer:
         size, middle, dim = spec.hidden_size, spec.intermediate_size, spec.hidden_size // spec.num_heads
-        heads, width = shard.heads(spec.num_heads, spec.num_heads), shard.width(middle)
-        rows, part = slice(heads.start * dim, heads.stop * dim), slice(width.start, width.stop)
+        rows = head_rows(shard.heads(spec.num_heads, spec.num_heads), dim)
+        part = rows_of(shard.width(middle))
         names = [f"{layer}attention.self.{part}" for part in ("query", "key", "value")]
         return EncoderLayer(
             qkv=self.linear(
-                torch.cat([self.source.get(f"{name}.weight", (size, size))[rows] for name in names]),
-                torch.cat([self.source.get(f"{name}.bias", (size,))[rows] for name in names]),
+                torch.cat([self.get(f"{name}.weight", (size, size))[rows] for name in names]),
+                torch.cat([self.get(f"{name}.bias", (size,))[rows] for name in names]),
             ),
-            o=self._inward(f"{layer}attention.output.dense", size, size, rows, shard),
+            o=self._inward(f"{layer}attention.output.dense", size, size, rows),
             attn_norm=self.norm(f"{layer}attention.output.LayerNorm", size, spec.norm_eps, bias=True),
             up=self.linear(
-                self.source.get(f"{layer}intermediate.dense.weight", (middle, size))[part],
-                self.source.get(f"{layer}intermediate.dense.bias", (middle,))[part],
+                self.get(f"{layer}intermediate.dense.weight", (middle, size))[part],
+                self.get(f"{layer}intermediate.dense.bias", (middle,))[part],
             ),
-            down=self._inward(f"{layer}output.dense", size, middle, part, shard),
+            down=self._inward(f"{layer}output.dense", size, middle, part),
             mlp_norm=self.norm(f"{layer}output.LayerNorm", size, spec.norm_eps, bias=True),
         )
 
-    def _inward(self, name: str, rows: int, columns: int, mine: slice, shard: Shard) -> PackedLinear:
-        """A linear whose inputs are split: the ranks' outputs add up, so the first rank alone has the bias."""
-        bias = self.source.get(f"{name}.bias", (rows,)) if shard.tensor_rank == 0 else None
-        return self.linear(self.source.get(f"{name}.weight", (rows, columns))[:, mine], bias)
+    def _inward(self, name: str, rows: int, columns: int, mine: slice) -> PackedLinear:
+        return self.inward_linear(name, self.get(f"{name}.weight", (rows, columns)), mine, bias=True)
 
     def _head(self, spec: EncoderSpec, prefix: str) -> tuple[PackedLinear | None, PackedLinear | None]:
         if spec.head is None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headway.errors import ConfigError
 from headway.models.layers import DecoderLayer, DecoderWeights, EmbeddingTable, Norm
 
 if TYPE_CHECKING:
@@ -23,8 +22,19 @@ if TYPE_CHECKING:
 class Packer:
     """Packs single tensors, counts their bytes, and can put other values in their places."""
 
-    def __init__(self, source: WeightSource, ops: Ops, dtype: torch.dtype, quantization: str | None) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        ops: Ops,
+        dtype: torch.dtype,
+        quantization: str | None,
+        shard: Shard,
+        prefixes: Sequence[str],
+    ) -> None:
+        """prefixes: which all names of a checkpoint but the heads' may have."""
         self.source, self.ops, self.dtype, self.quantization = source, ops, dtype, quantization
+        self.shard, self.prefixes = shard, prefixes
+        self.names_used: set[str] = set()
         self.nbytes = 0
         self._pieces: list[PackedLinear | Tensor] = []  # in the order of packing, which is always the same
         self._filling: Iterator[Any] | None = None
@@ -42,6 +52,14 @@ class Packer:
     def release_source(self) -> None:
         """Closes its files."""
         del self.source
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        self.names_used.add(name)
+        return self.source.get(name, shape)
+
+    def prefix_of(self, name: str) -> str:
+        """The one that this checkpoint's tensor of that name has."""
+        return next((prefix for prefix in self.prefixes if self.source.has(prefix + name)), self.prefixes[0])
 
     def tensors(self) -> list[Tensor]:
         """The memory that the weights take."""
@@ -68,7 +86,7 @@ class Packer:
         return self.table(name, (size,), torch.float32)
 
     def table(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return self.copy(self.source.get(name, shape), dtype)
+        return self.copy(self.get(name, shape), dtype)
 
     def copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """Its own, so that nothing keeps the file mapped."""
@@ -82,8 +100,13 @@ class Packer:
 
     def simple_linear(self, name: str, rows: int, columns: int, *, bias: bool, quantize: bool = True) -> PackedLinear:
         """A whole linear under one name."""
-        weight = self.source.get(f"{name}.weight", (rows, columns))
-        return self.linear(weight, self.source.get(f"{name}.bias", (rows,)) if bias else None, quantize=quantize)
+        weight = self.get(f"{name}.weight", (rows, columns))
+        return self.linear(weight, self.get(f"{name}.bias", (rows,)) if bias else None, quantize=quantize)
+
+    def inward_linear(self, name: str, weight_NK: Tensor, mine: slice, *, bias: bool) -> PackedLinear:
+        """A linear whose inputs are split: the ranks' outputs add up, so the first rank alone has the bias."""
+        mine_too = bias and self.shard.tensor_rank == 0
+        return self.linear(weight_NK[:, mine], self.get(f"{name}.bias", (len(weight_NK),)) if mine_too else None)
 
 
 class DecoderPacker(Packer):
@@ -101,15 +124,12 @@ class DecoderPacker(Packer):
         shard: Shard,
         with_head: bool,
     ) -> None:
-        super().__init__(source, ops, dtype, quantization)
-        self.spec, self.names, self.shard = spec, names, shard
-        self.with_head = with_head
-        check_shard(spec, shard)
+        super().__init__(source, ops, dtype, quantization, shard, names.prefixes)
+        self.spec, self.names, self.with_head = spec, names, with_head
 
     def weights(self) -> DecoderWeights:
         spec, shard, names = self.spec, self.shard, self.names
-        prefixes = (p for p in names.prefixes if self.source.has(f"{p}{names.embed}.weight"))
-        self.prefix = next(prefixes, names.prefixes[0])
+        self.prefix = self.prefix_of(f"{names.embed}.weight")
         layers = tuple(self._layer(i) for i in shard.layers(spec.num_layers))
         embed_size = spec.embed_size or spec.hidden_size
         projects = spec.embed_size is not None
@@ -137,10 +157,10 @@ class DecoderPacker(Packer):
 
     def _layer(self, index: int) -> DecoderLayer:
         spec, shard = self.spec, self.shard
-        q_rows = _head_rows(shard.heads(spec.num_heads, spec.num_kv_heads), spec.head_dim)
-        kv_rows = _head_rows(shard.kv_heads(spec.num_kv_heads), spec.head_dim)
+        q_rows = head_rows(shard.heads(spec.num_heads, spec.num_kv_heads), spec.head_dim)
+        kv_rows = head_rows(shard.kv_heads(spec.num_kv_heads), spec.head_dim)
         attention, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        middle, part = spec.intermediate_size, _rows(shard.width(spec.intermediate_size))
+        middle, part = spec.intermediate_size, rows_of(shard.width(spec.intermediate_size))
         qkv = [(attention, q_rows), (keys, kv_rows), (keys, kv_rows)]
         return DecoderLayer(
             attn_norm=self._norm(self._part(index, "attn_norm")[0]),
@@ -173,37 +193,34 @@ class DecoderPacker(Packer):
         sizes = [size for size, _ in sections]
         if len(names) == len(sections):
             weights = [self._matrix(name, size, columns) for name, size in zip(names, sizes, strict=True)]
-            biases = [self.source.get(f"{n}.bias", (s,)) for n, s in zip(names, sizes, strict=True)] if bias else []
+            biases = [self.get(f"{n}.bias", (s,)) for n, s in zip(names, sizes, strict=True)] if bias else []
         else:
             weights = list(self._matrix(names[0], sum(sizes), columns).split(sizes))
-            biases = list(self.source.get(f"{names[0]}.bias", (sum(sizes),)).split(sizes)) if bias else []
+            biases = list(self.get(f"{names[0]}.bias", (sum(sizes),)).split(sizes)) if bias else []
         rows = [mine for _, mine in sections]
         return self.linear(_cut(weights, rows), _cut(biases, rows) if bias else None, gated=part == "gate_up")
 
     def _inward(self, index: int, part: str, columns: int, mine: slice, *, bias: bool) -> PackedLinear:
-        """A linear whose inputs are split: the ranks' outputs add up, so the first rank alone has the bias."""
         (name,) = self._part(index, part)
-        weight = self._matrix(name, self.spec.hidden_size, columns)[:, mine]
-        mine_too = bias and self.shard.tensor_rank == 0
-        return self.linear(weight, self.source.get(f"{name}.bias", (self.spec.hidden_size,)) if mine_too else None)
+        return self.inward_linear(name, self._matrix(name, self.spec.hidden_size, columns), mine, bias=bias)
 
     def _matrix(self, name: str, rows: int, columns: int) -> Tensor:
         if self.names.transposed:
-            return self.source.get(f"{name}.weight", (columns, rows)).T
-        return self.source.get(f"{name}.weight", (rows, columns))
+            return self.get(f"{name}.weight", (columns, rows)).T
+        return self.get(f"{name}.weight", (rows, columns))
 
     def _head(self, embed_size: int) -> PackedLinear:
         spec = self.spec
         name = self.prefix + self.names.embed if spec.tie_embeddings else self.names.head
-        weight = self.source.get(f"{name}.weight", (spec.vocab_size, embed_size))
+        weight = self.get(f"{name}.weight", (spec.vocab_size, embed_size))
         return self.linear(self._vocabulary_rows(weight), None)
 
     def _vocabulary(self, embed_size: int) -> Tensor:
-        weight = self.source.get(f"{self.prefix}{self.names.embed}.weight", (self.spec.vocab_size, embed_size))
+        weight = self.get(f"{self.prefix}{self.names.embed}.weight", (self.spec.vocab_size, embed_size))
         return self.copy(self._vocabulary_rows(weight), self.dtype)
 
     def _vocabulary_rows(self, weight_VK: Tensor) -> Tensor:
-        return weight_VK[_rows(self.shard.width(self.spec.vocab_size))]
+        return weight_VK[rows_of(self.shard.width(self.spec.vocab_size))]
 
     def _positions(self) -> Tensor:
         shape = (self.spec.learned_positions, self.spec.hidden_size)
@@ -213,19 +230,11 @@ class DecoderPacker(Packer):
         return self.simple_linear(self.prefix + name, rows, columns, bias=False)
 
 
-def check_shard(spec: DecoderSpec, shard: Shard) -> None:
-    """Raises ConfigError where the model cannot be divided so."""
-    if shard.tensor_size > spec.num_heads:
-        raise ConfigError("tensor_parallel_size", shard.tensor_size, f"must be at most {spec.num_heads} heads")
-    if shard.pipeline_size > spec.num_layers:
-        raise ConfigError("pipeline_parallel_size", shard.pipeline_size, f"must be at most {spec.num_layers} layers")
-
-
-def _rows(part: range) -> slice:
+def rows_of(part: range) -> slice:
     return slice(part.start, part.stop)
 
 
-def _head_rows(heads: range, head_dim: int) -> slice:
+def head_rows(heads: range, head_dim: int) -> slice:
     return slice(heads.start * head_dim, heads.stop * head_dim)
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headway.errors import ConfigError, MissingDependencyError, ModelError
+from headway.errors import MissingDependencyError, ModelError
 from headway.models import families
 from headway.models.describe import decoder_shape
 from headway.models.loading.config import Config, is_gguf, read_config
@@ -26,7 +26,7 @@ def load_model(
 ) -> CausalModel | EncoderModel:
     """Reads, shards and packs the weights for ``ops``. comm: the tensor parallel group, when there are several ranks.
 
-    Raises ModelError (the checkpoint), ConfigError (how it should be divided), MissingDependencyError (extra "hf").
+    Raises ModelError (the checkpoint), ConfigError (a setting it cannot have), MissingDependencyError (extra "hf").
     """
     path = Path(config.path)
     checkpoint = read_config(path)
@@ -101,10 +101,6 @@ def _load_encoder(
     from headway.models.encoder import Encoder, EncoderPacker
     from headway.models.loading.weights import open_weights
 
-    if shard.tensor_size > spec.num_heads:
-        raise ConfigError("tensor_parallel_size", shard.tensor_size, f"must be at most {spec.num_heads} heads")
-    if shard.pipeline_size > 1:
-        raise ConfigError("pipeline_parallel_size", shard.pipeline_size, "must be 1 for an encoder: use replicas")
     dtype: torch.dtype = getattr(torch, config.dtype)
     source = open_weights(path, checkpoint, ops, load_format=config.load_format, seed=config.seed, dtype=dtype)
     packer = EncoderPacker(spec, shard, source, ops, dtype, config.quantization)

@@ -11,7 +11,7 @@ import torch
 from headway.errors import ModelError
 from headway.models import families
 from headway.models.loading.config import Config, read_config
-from headway.models.loading.weights import StreamedWeights, open_weights
+from headway.models.loading.weights import StreamedWeights, WeightSource, open_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,18 +30,28 @@ def update_weights(model: CausalModel | EncoderModel, config: ModelConfig, weigh
     """
     packer = packer_of(model)
     if weights is None or isinstance(weights, str):
-        path = Path(config.path if weights is None else weights)
-        load_format = config.load_format if weights is None else "auto"
-        described = read_config(Path(config.path) if path.suffix == ".safetensors" else path)
-        if _spec(described) != _spec(read_config(Path(config.path))):
-            raise ModelError(f"{path}: its configuration makes another model than {config.path}")
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        source = open_weights(path, described, packer.ops, load_format=load_format, seed=config.seed, dtype=dtype)
-        packer.refill(source)
+        packer.refill(_open(packer, config, weights))
     else:
-        source = StreamedWeights(weights)
+        source = StreamedWeights(weights, packer.names_used, packer.prefixes)
         packer.refill(source)
         source.exhaust()
+
+
+def check_weights(model: CausalModel | EncoderModel, config: ModelConfig, path: str | None) -> None:
+    """Raises ModelError for what can be known to be unfit before the first tensor is read. path: None for tensors."""
+    packer = packer_of(model)
+    if path is not None:
+        _open(packer, config, path)
+
+
+def _open(packer: Packer, config: ModelConfig, given: str | None) -> WeightSource:
+    path = Path(given or config.path)
+    described = read_config(Path(config.path) if path.suffix == ".safetensors" else path)
+    if _spec(described) != _spec(read_config(Path(config.path))):
+        raise ModelError(f"{path}: its configuration makes another model than {config.path}")
+    load_format = "auto" if given else config.load_format
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return open_weights(path, described, packer.ops, load_format=load_format, seed=config.seed, dtype=dtype)
 
 
 def _spec(checkpoint: Config) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headway.models.update import packer_of, update_weights
+from headway.models.update import check_weights, packer_of, update_weights
 from headway.ops.cpu.memory import drop_pages
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ class WorkerMemory:
 
     def __init__(self, model: CausalModel | EncoderModel, kv: KVCache | None, config: ModelConfig) -> None:
         self._model, self._kv, self._config = model, kv, config
+
+    def check_weights(self, path: str | None) -> None:
+        check_weights(self._model, self._config, path)
 
     def update_weights(self, weights: Weights | None) -> None:
         """None: those that the model was loaded with."""

@@ -90,6 +90,11 @@ class Worker:
         """Of an engine that writes a trace: step and times_ns of every step."""
         return self._recorded
 
+    def check_weights(self, path: str | None) -> None:
+        """Whether an update from there, or None from tensors, can begin. See models.update."""
+        assert self._memory is not None, "load() comes first"
+        self._memory.check_weights(path)
+
     def update_weights(self, weights: Weights) -> None:
         """Between steps: other weights in the place of these, from here on. See models.update."""
         assert self._memory is not None, "load() comes first"

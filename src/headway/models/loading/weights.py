@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -100,24 +100,33 @@ class PickledWeights:
 
 
 class StreamedWeights:
-    """Tensors that come in any order, each used once. Only those that came before they were asked for are held."""
+    """Tensors that come in any order, each used once. Held are those that came before they were asked for.
 
-    def __init__(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    wanted: the names of all that will be asked for. Any of the prefixes, or none, means the same.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]], wanted: Iterable[str], prefixes: Sequence[str]) -> None:
         self._coming = iter(tensors)
+        self._prefixes = prefixes
+        self._wanted = set(map(self._bare, wanted))
         self._held: dict[str, Tensor] = {}
 
     def has(self, name: str) -> bool:
-        while name not in self._held:
-            following = next(self._coming, None)
-            if following is None:
-                return False
-            self._held[following[0]] = following[1].detach()
-        return True
+        return self._bare(name) in self._wanted
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if not self.has(name):
-            raise ModelError(f"tensor {name} is not among the weights")
-        return _checked(self._held.pop(name).cpu(), shape, Path("weights"), name)
+        bare = self._bare(name)
+        while bare not in self._held:
+            came, tensor = next(self._coming, (None, None))
+            if came is None or tensor is None:
+                raise ModelError(f"tensor {name} is not among the weights")
+            if self.has(came):
+                self._held[self._bare(came)] = tensor.detach()
+        self._wanted.discard(bare)
+        return _checked(self._held.pop(bare).cpu(), shape, Path("weights"), name)
+
+    def _bare(self, name: str) -> str:
+        return name.removeprefix(next((prefix for prefix in self._prefixes if name.startswith(prefix)), ""))
 
     def exhaust(self) -> None:
         """Takes what nobody needs, for a source whose other ranks do."""
