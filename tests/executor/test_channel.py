@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import zmq
 
+from headway.errors import EngineError
 from headway.executor.channel.shared import EngineEnd, Layout, WorkerEnd
 from headway.executor.channel.tcp import Hub, RemoteEnd
 
@@ -128,6 +129,23 @@ def test_workers_on_other_nodes_talk_over_tcp(hub: tuple[Hub, threading.Semaphor
     for worker in workers:
         assert [worker.receive(), worker.receive()] == [b"first", b"second"]
         worker.close()
+
+
+def test_a_rank_that_tcp_does_not_reach_is_told(hub: tuple[Hub, threading.Semaphore]) -> None:
+    engine, rung = hub
+    engine.send(7, b"plan")
+    assert rung.acquire(timeout=10)
+    assert engine.receive() == [(7, None)]
+
+
+def test_a_failure_of_the_tcp_thread_is_told(hub: tuple[Hub, threading.Semaphore]) -> None:
+    engine, rung = hub
+    stray = RemoteEnd(engine.address, "nobody")  # pyright: ignore[reportArgumentType]
+    stray.send(b"ready")
+    assert rung.acquire(timeout=10)
+    with pytest.raises(EngineError, match="nothing passes to and from other nodes: ValueError"):
+        engine.receive()
+    stray.close()
 
 
 def test_tcp_lets_in_who_has_the_key_and_nobody_else(hub: tuple[Hub, threading.Semaphore]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     made: list[MpExecutor] = []
 
-    def make(ranks: int = 1, path: str = "", **parallel: float) -> MpExecutor:
+    def make(ranks: int = 1, path: str = "", **parallel: Any) -> MpExecutor:
         config = EngineConfig(
             model=ModelConfig(path=path, served_model_name=""),
             parallel=ParallelConfig(executor="mp", tensor_parallel_size=ranks, **parallel),
@@ -208,6 +209,24 @@ def test_a_call_that_times_out_desynchronises_nothing(make: Make) -> None:
     with pytest.raises(TimeoutError):
         executor.call("sleep", 0.3, timeout=0.01)
     assert executor.call("echo", "next") == [[0, "next"], [1, "next"]]
+
+
+def test_a_call_of_a_stopped_worker_ends_within_the_time_limit(make: Make) -> None:
+    executor = make(2, start_timeout_s=5)
+    pids = executor.start().pids
+    os.kill(pids[1], signal.SIGSTOP)
+    with pytest.raises(EngineError, match=r"rank 1: no answer to echo within 5(\.0)? s \(start_timeout_s\)"):
+        executor.call("echo")
+    with pytest.raises(EngineDead):
+        executor.submit(plan(1))
+
+
+def test_a_plan_that_was_lost_is_told(make: Make) -> None:
+    executor = make(1)
+    executor.start()
+    executor.submit(plan(1)).result()
+    with pytest.raises(WorkerError, match="step 3 came after step 1: a plan was lost"):
+        executor.submit(plan(3)).result()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from headway import errors
-from headway.errors import EngineDead, EngineError, FieldError, HeadwayError, WorkerDied, WorkerError
+from headway.config import ParallelConfig
+from headway.errors import EngineDead, EngineError, FieldError, HeadwayError, PeerLost, WorkerDied, WorkerError
 from headway.executor.channel import wire
 from headway.executor.channel.shared import EngineEnd
 from headway.messages import StepPlan, StepResult, WorkerInfo
 
 if TYPE_CHECKING:
     from headway.executor.channel.tcp import Hub
+
+_GRACE_S = 1.0  # for the cause of a failure whose consequences came in first
 
 
 class StepFuture(Future[StepResult]):
@@ -46,7 +49,7 @@ class StepFuture(Future[StepResult]):
         if timeout is not None and (limit is None or timeout < limit):
             self._mail.wait(super().done, timeout)
         elif not self._mail.wait(super().done, limit):
-            self._mail.stalled(f"no result of step {self._step}")
+            self._mail.stalled(f"no result of step {self._step}", f"{limit} s (step_timeout_s)")
 
 
 class _Reply:
@@ -62,20 +65,28 @@ class _Reply:
 
 
 class Mail:
-    """One engine's correspondence with its ``size`` workers, used by any thread. After ``fail`` it is over."""
+    """One engine's correspondence with its workers, used by any thread. After ``fail`` it is over.
 
-    def __init__(self, size: int, end: EngineEnd, step_timeout: float | None, reporter: int) -> None:
-        """step_timeout: seconds after which a step, and the engine, is given up. reporter: the rank of the results."""
-        self.step_timeout = step_timeout
+    A rank that lost another one fails too, and may be heard first; so may the end of a process on another node be,
+    before its explanation. Such suspects have a second in which the cause can come in.
+    """
+
+    def __init__(self, end: EngineEnd, parallel: ParallelConfig) -> None:
+        """Its time limits are those after which a step, or a call, and with it the engine, is given up."""
+        self.step_timeout = parallel.step_timeout_s or None
+        self._call_timeout = parallel.start_timeout_s or None
         self.infos: dict[int, WorkerInfo] = {}
         self.error: HeadwayError | None = None
-        self._size, self._end, self._reporter = size, end, reporter
+        self._size, self._end, self._reporter = parallel.ranks, end, parallel.reporting_rank
         self._hub: Hub | None = None
         self._remote: list[int] = []
         self._steps: dict[int, StepFuture] = {}
         self._calls: dict[int, _Reply] = {}
         self._ids = itertools.count()
         self._dead: dict[int, int | None] = {}
+        self._suspects: list[HeadwayError] = []
+        self._explained: set[int] = set()  # ranks whose end is no news
+        self._verdict_at: float | None = None
         self._closing = False
         self._lock = threading.RLock()
         self._bell, self._bell_lock = end.engine_bell(1), threading.Lock()
@@ -119,14 +130,20 @@ class Mail:
         return True
 
     def call(self, method: str, args: tuple[Any, ...], timeout: float | None) -> list[Any]:
-        """Every rank's answer in order. Raises what one raised, at once, and TimeoutError."""
+        """Every rank's answer in order. Raises what one raised, at once, and TimeoutError.
+
+        Without a timeout a worker that does not answer within the limit for loading ends the engine.
+        """
         reply, number = _Reply(self._size), next(self._ids)
         with self._lock:
             self._calls[number] = reply
             self._send(wire.Call(number, method, list(args)))
         try:
-            if not self.wait(reply.done, timeout):
-                raise FutureTimeoutError(f"{method} took more than {timeout} s")
+            if not self.wait(reply.done, self._call_timeout if timeout is None else timeout):
+                if timeout is not None:
+                    raise FutureTimeoutError(f"{method} took more than {timeout} s")
+                silent = [rank for rank in range(self._size) if rank not in reply.values]
+                self.stalled(f"no answer to {method}", f"{self._call_timeout} s (start_timeout_s)", silent)
         finally:
             with self._lock:
                 self._calls.pop(number, None)
@@ -142,17 +159,16 @@ class Mail:
             self.take()
             if done():
                 return True
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            if deadline is not None and time.monotonic() >= deadline:
                 return False
-            self._end.bell.wait(seen, left)
+            self._sleep(seen, deadline)
 
     def take(self) -> None:
         """Delivers what has come in. What cannot be understood, and a dead worker, are failures."""
         with self._lock:
             dead = dict(self._dead)  # first: what a worker wrote before its end explains it
             try:
-                messages = self._end.receive()
+                messages: list[tuple[int, bytes | None]] = [*self._end.receive()]
                 if self._hub is not None:
                     messages += self._hub.receive()
                 for rank, message in messages:
@@ -164,21 +180,24 @@ class Mail:
                 raise
             for rank, status in dead.items():
                 self._end.drop(rank)
-                self.fail(WorkerDied(rank, status))
+                self._ended(rank, status)
+            if self._verdict_at is not None and time.monotonic() >= self._verdict_at:
+                self.fail(self._verdict())
 
-    def stalled(self, what: str) -> None:
-        """Ends it all: the time limit for a step is over."""
+    def stalled(self, what: str, limit: str, ranks: list[int] | None = None) -> None:
+        """Ends it all: a time limit is over. ranks: that did not do it; not given: those that have plans to read."""
         with self._lock:
-            ranks = self._end.behind() or [self._reporter]
-            names = "rank " + ", ".join(map(str, ranks))
-            self.fail(EngineError(f"{names}: {what} within {self.step_timeout} s (step_timeout_s)"))
+            if self._suspects:
+                self.fail(self._verdict())
+            names = ", ".join(map(str, ranks or self._end.behind() or [self._reporter]))
+            self.fail(EngineError(f"rank {names}: {what} within {limit}"))
 
     def fail(self, error: HeadwayError) -> None:
         """The first failure is what everybody who waits is told."""
         with self._lock:
             if self.error is not None:
                 return
-            self.error = error
+            self.error, self._verdict_at = error, None
             for future in self._steps.values():
                 future.set_exception(error)
             self._steps.clear()
@@ -209,17 +228,46 @@ class Mail:
         self.check()
         if self._closing:
             raise EngineDead("the executor was closed")
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
-            self.stalled("a plan was not read")
+        if deadline is not None and time.monotonic() >= deadline:
+            self.stalled("a plan was not read", f"{self.step_timeout} s (step_timeout_s)")
             self.check()
-        self._end.bell.wait(seen, left)
+        self._sleep(seen, deadline)
+
+    def _sleep(self, seen: int, deadline: float | None) -> None:
+        """Until the bell rings, or it is time for something."""
+        ends = [end for end in (deadline, self._verdict_at) if end is not None]
+        self._end.bell.wait(seen, max(0.0, min(ends) - time.monotonic()) if ends else None)
+
+    def _ended(self, rank: int, status: int | None) -> None:
+        if rank in self._explained:
+            return
+        if rank in self._remote and status is not None and status >= 0:  # it ended by itself, and may say why
+            self._explained.add(rank)
+            self._suspect(WorkerDied(rank, status))
+        else:
+            self.fail(WorkerDied(rank, status))
+
+    def _suspect(self, error: HeadwayError) -> None:
+        """A failure that may be the consequence of one that is still to come in."""
+        if self.error is None:
+            self._suspects.append(error)
+            if self._verdict_at is None:
+                self._verdict_at = time.monotonic() + _GRACE_S
+                self.ring()
+
+    def _verdict(self) -> HeadwayError:
+        """The suspect that says most: which rank has died."""
+        error = next((e for e in self._suspects if isinstance(e, WorkerDied)), self._suspects[0])
+        return WorkerDied(error.rank, self._dead.get(error.rank)) if isinstance(error, WorkerDied) else error
 
     def _interrupted(self, error: BaseException) -> None:
         """Half a message would garble all that follow."""
         self.fail(EngineError(f"{type(error).__name__} in the midst of a message to or from the workers"))
 
-    def _deliver(self, rank: int, data: bytes) -> None:
+    def _deliver(self, rank: int, data: bytes | None) -> None:
+        if data is None:
+            self._suspect(EngineError(f"rank {rank} cannot be reached"))
+            return
         try:
             message = wire.decode_to_engine(data)
         except msgspec.DecodeError as error:
@@ -234,6 +282,10 @@ class Mail:
         elif isinstance(message, wire.CallResult):
             if message.id in self._calls:
                 self._calls[message.id].values[rank] = message.value
+        elif message.lost is not None:
+            self._explained.add(rank)
+            lost = message.lost
+            self._suspect(WorkerDied(lost) if lost >= 0 else PeerLost(f"rank {rank}: {message.message}"))
         elif message.id is None:
             self.fail(_error(rank, message, own=len(self.infos) < self._size))
         elif message.id in self._calls:

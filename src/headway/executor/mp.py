@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from headway.config import EngineConfig
+from headway.errors import EngineDead
 from headway.executor.launcher import WORKER, Placement, Ticket
 from headway.executor.remote import RemoteExecutor
 
@@ -37,6 +38,7 @@ class MpLauncher:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[int] = []
         self._thread: threading.Thread | None = None
+        self._closing = False
 
     def place(self) -> Placement:
         return Placement()
@@ -45,12 +47,17 @@ class MpLauncher:
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(tickets, died, started), name="headway-mp", daemon=True)
         self._thread.start()
-        started.result()
+        try:
+            started.result()
+        except BaseException:  # Ctrl-C too: the descriptors in the tickets are no longer needed once this has ended
+            self.close(0.0)
+            raise
 
     def close(self, timeout: float) -> None:
         if self._thread is None:
             return
         self._thread.join(timeout)
+        self._closing = True
         for process in self._processes:
             process.kill()
         self._thread.join()
@@ -59,6 +66,8 @@ class MpLauncher:
         try:
             for ticket in tickets:
                 self._spawn(ticket)
+                if self._closing:
+                    raise EngineDead("the executor was closed")
         except BaseException as error:
             for process in self._processes:
                 process.kill()

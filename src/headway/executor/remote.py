@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import threading
 import weakref
 from concurrent.futures import Future
 from dataclasses import replace
@@ -35,10 +36,9 @@ class RemoteExecutor:
     def __init__(self, config: EngineConfig, launcher: Launcher, worker: str = WORKER) -> None:
         """worker: the class that each process makes its rank of, as module:Class."""
         self._config, self._launcher, self._worker = config, launcher, worker
-        parallel = config.parallel
-        self._size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        self._size = config.parallel.ranks
         self._mail: Mail | None = None
-        self._hub: Hub | None = None
+        self._hubs: list[Hub] = []  # one where there are other nodes
         self._closed = False
         self._finalizer: weakref.finalize[..., RemoteExecutor] | None = None
 
@@ -47,7 +47,7 @@ class RemoteExecutor:
         assert self._finalizer is None, "start() runs once"
         if self._closed:
             raise EngineDead("the executor was closed")
-        self._finalizer = weakref.finalize(self, self._launcher.close, 0.0)
+        self._finalizer = weakref.finalize(self, _drop, self._launcher, self._hubs)
         try:
             return self._start()
         except BaseException:
@@ -61,7 +61,10 @@ class RemoteExecutor:
         self._running().mask(step, masks)
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
-        """args and results: what MessagePack has (numbers, strings, bytes, lists, dicts)."""
+        """args and results: what MessagePack has (numbers, strings, bytes, lists, dicts).
+
+        Without a timeout, workers that take longer than start_timeout_s end the engine.
+        """
         return self._running().call(method, args, timeout)
 
     def health(self) -> None:
@@ -77,33 +80,29 @@ class RemoteExecutor:
         """Workers that do not end within the timeout are killed; those of a failed engine at once."""
         self._closed = True
         told = self._mail is not None and self._mail.close()
-        self._launcher.close(timeout if told else 0.0)
-        if self._hub is not None:
-            self._hub.close()
-            self._hub = None
+        _shut_down(self._launcher, self._hubs, timeout if told else 0.0)
         if self._finalizer is not None:
             self._finalizer.detach()  # not before: what interrupts the wait leaves the rest to the interpreter's exit
 
     def _start(self) -> WorkerInfo:
         placement = self._launcher.place()
         ranks = range(self._size)
-        parallel = self._config.parallel
         end = EngineEnd(Layout.of([r for r in ranks if r not in placement.remote]))
-        reporter = self._size - parallel.tensor_parallel_size
-        mail = self._mail = Mail(self._size, end, parallel.step_timeout_s or None, reporter)
-        if placement.remote:
-            from headway.executor.channel.tcp import Hub
-
-            self._hub = Hub(placement.host, mail.ring)
-            mail.open_tcp(self._hub, sorted(placement.remote))
-        group = self._group(placement)
+        group = None
         try:
+            mail = self._mail = Mail(end, self._config.parallel)
+            if placement.remote:
+                from headway.executor.channel.tcp import Hub
+
+                self._hubs.append(Hub(placement.host, mail.ring))
+                mail.open_tcp(self._hubs[0], sorted(placement.remote))
+            group = self._group(placement)
             self._launcher.start([self._ticket(r, end, group, placement) for r in ranks], mail.died)
         finally:
             end.close_fd()
             if group is not None and group.memory is not None:
                 os.close(group.memory)
-        timeout = parallel.start_timeout_s or None
+        timeout = self._config.parallel.start_timeout_s or None
         if not mail.wait(lambda: mail.error is not None or len(mail.infos) == self._size, timeout):
             silent = ", ".join(str(r) for r in ranks if r not in mail.infos)
             raise EngineError(f"rank {silent}: the model was not loaded within {timeout} s (start_timeout_s)")
@@ -117,21 +116,15 @@ class RemoteExecutor:
             ticket = replace_fields(ticket, group=replace_fields(group, rank=rank))
         if rank not in placement.remote:
             return replace_fields(ticket, memory=end.fd, layout=end.layout)
-        assert self._hub is not None
-        return replace_fields(ticket, address=self._hub.address)
+        return replace_fields(ticket, address=self._hubs[0].address)
 
     def _group(self, placement: Placement) -> RankGroup | None:
         """Rank 0's; the others differ in the rank only."""
         if self._size == 1:
             return None
+        store = placement.store or _free_address()
         memory = None if placement.remote else os.memfd_create("headway-ranks")
-        return RankGroup(
-            rank=0,
-            size=self._size,
-            memory=memory,
-            store=placement.store or _free_address(),
-            engine=secrets.token_hex(8),
-        )
+        return RankGroup(rank=0, size=self._size, memory=memory, store=store, engine=secrets.token_hex(8))
 
     def _merged(self, infos: list[WorkerInfo]) -> WorkerInfo:
         """One info for all ranks: the fewest blocks, all bytes, the slowest start."""
@@ -148,6 +141,20 @@ class RemoteExecutor:
         if self._closed or self._mail is None:
             raise EngineDead("the executor is not running")
         return self._mail
+
+
+def _shut_down(launcher: Launcher, hubs: list[Hub], timeout: float) -> None:
+    launcher.close(timeout)
+    while hubs:
+        hubs.pop().close()
+
+
+def _drop(launcher: Launcher, hubs: list[Hub]) -> None:
+    """Of an executor that is garbage, which may be found on any thread, also on one that is to be waited for."""
+    if threading.current_thread().daemon:  # those are
+        threading.Thread(target=_shut_down, args=(launcher, hubs, 0.0), name="headway-drop").start()
+    else:
+        _shut_down(launcher, hubs, 0.0)
 
 
 def _free_address() -> str:

@@ -13,6 +13,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -46,7 +47,8 @@ class _Mailbox:
     The latter is waited for because Thread.join, once interrupted, takes the thread for ended (Python before 3.13).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.jobs: SimpleQueue[tuple[Future[Any], str, tuple[Any, ...]] | None] = SimpleQueue()
         self.masks: SimpleQueue[tuple[int, Masks] | None] = SimpleQueue()
         self.error: EngineError | None = None
@@ -72,10 +74,13 @@ class UniExecutor:
 
     in_process = True
 
-    def __init__(self, config: EngineConfig, make_worker: Callable[[EngineConfig], UniWorker] = local_worker) -> None:
+    def __init__(
+        self, config: EngineConfig, make_worker: Callable[[EngineConfig], UniWorker] = local_worker, rank: int = 0
+    ) -> None:
+        """rank: which one errors name."""
         self._config = config
         self._make_worker = make_worker
-        self._box = _Mailbox()
+        self._box = _Mailbox(rank)
         self._thread: threading.Thread | None = None
         self._finalizer: weakref.finalize[[_Mailbox, threading.Thread, float], UniExecutor] | None = None
 
@@ -84,7 +89,8 @@ class UniExecutor:
         try:
             return self.begin().result()
         except BaseException:
-            self.close()
+            with suppress(EngineError):  # Ctrl-C while the worker loads: its thread ends after that
+                self.close()
             raise
 
     def begin(self) -> Future[WorkerInfo]:
@@ -166,13 +172,13 @@ def _serve(
     try:
         worker = make_worker(config)
     except BaseException as error:
-        started.set_exception(_portable(error))
+        started.set_exception(_portable(error, box.rank))
         return
     try:
         try:
             info = worker.load()
         except BaseException as error:
-            started.set_exception(_portable(error))
+            started.set_exception(_portable(error, box.rank))
             return
         started.set_result(info)
         del started
@@ -197,8 +203,8 @@ def _answer(worker: UniWorker, box: _Mailbox, future: Future[Any], method: str, 
         future.set_exception(EngineDead("the executor was closed"))
     except BaseException as error:
         if method == "step":
-            box.error = _engine_error(error)
-        future.set_exception(box.error or _portable(error))
+            box.error = _engine_error(error, box.rank)
+        future.set_exception(box.error or _portable(error, box.rank))
     else:
         future.set_result(result)
 
@@ -214,15 +220,15 @@ def _refuse_rest(box: _Mailbox) -> None:
             job[0].set_exception(EngineDead("the executor was closed"))
 
 
-def _portable(error: BaseException) -> BaseException:
+def _portable(error: BaseException, rank: int) -> BaseException:
     """Without its traceback, whose frames would keep the model alive."""
-    return error.with_traceback(None) if isinstance(error, HeadwayError) else _worker_error(error)
+    return error.with_traceback(None) if isinstance(error, HeadwayError) else _worker_error(error, rank)
 
 
-def _engine_error(error: BaseException) -> EngineError:
+def _engine_error(error: BaseException, rank: int) -> EngineError:
     """Of a step: that of another rank, which died, or of this one."""
-    return error.with_traceback(None) if isinstance(error, EngineError) else _worker_error(error)
+    return error.with_traceback(None) if isinstance(error, EngineError) else _worker_error(error, rank)
 
 
-def _worker_error(error: BaseException) -> WorkerError:
-    return WorkerError(0, type(error).__name__, str(error), traceback.format_exc())
+def _worker_error(error: BaseException, rank: int) -> WorkerError:
+    return WorkerError(rank, type(error).__name__, str(error), traceback.format_exc())

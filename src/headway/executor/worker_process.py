@@ -12,8 +12,7 @@ from collections import deque
 from importlib import import_module
 from typing import Protocol
 
-from headway.config import EngineConfig
-from headway.errors import FieldError
+from headway.errors import EngineError, FieldError, PeerLost, WorkerDied
 from headway.executor.channel import wire
 from headway.executor.channel.shared import WorkerEnd
 from headway.executor.launcher import Ticket
@@ -45,10 +44,16 @@ class _Inbox:
         self._link = link
         self._waiting: deque[wire.ToWorker] = deque()
         self._masks: dict[int, dict[int, bytes]] = {}
+        self._step: int | None = None
 
     def next(self) -> wire.ToWorker:
+        """Raises EngineError where a plan is missing: plans are deltas."""
         while True:
             message = self._waiting.popleft() if self._waiting else wire.decode_to_worker(self._link.receive())
+            if isinstance(message, StepPlan):
+                if self._step is not None and message.step != self._step + 1:
+                    raise EngineError(f"step {message.step} came after step {self._step}: a plan was lost")
+                self._step = message.step
             if not isinstance(message, wire.Masks):
                 return message
             self._masks[message.step] = message.masks
@@ -92,7 +97,7 @@ def run(ticket: Ticket) -> int:
 
 
 def _serve(link: Link, ticket: Ticket) -> int:
-    reports = _reports(ticket.config, ticket.rank)
+    reports = ticket.rank == ticket.config.parallel.reporting_rank
     inbox = _Inbox(link)
     worker = None
     try:
@@ -118,12 +123,6 @@ def _serve(link: Link, ticket: Ticket) -> int:
             worker.close()
 
 
-def _reports(config: EngineConfig, rank: int) -> bool:
-    """Whether this rank sends the results: the first one of the last pipeline stage."""
-    tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
-    return rank == tensor * (pipeline - 1)
-
-
 def _answer(worker: object, call: wire.Call) -> bytes:
     try:
         return wire.encode(wire.CallResult(call.id, getattr(worker, call.method)(*call.args)))
@@ -136,7 +135,8 @@ def _failure(error: Exception, call: int | None = None) -> wire.Failure:
     if isinstance(error, FieldError):
         value = error.value if isinstance(error.value, (str, int, float)) else repr(error.value)
         field = (error.field, value, error.accepted)
-    return wire.Failure(type(error).__name__, str(error), traceback.format_exc(), call, field)
+    lost = error.rank if isinstance(error, WorkerDied) else -1 if isinstance(error, PeerLost) else None
+    return wire.Failure(type(error).__name__, str(error), traceback.format_exc(), call, field, lost)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import zmq
 from zmq.utils import z85
 
+from headway.errors import EngineError
 from headway.executor.channel.wire import Address
 
 _BEAT_MS = 5_000
@@ -22,9 +23,10 @@ class Hub:
     def __init__(self, host: str, ring: Callable[[], None]) -> None:
         """host: this node's address as the workers see it. ring: called on that thread once something was queued."""
         self._ring = ring
-        self._incoming: deque[tuple[int, bytes]] = deque()
+        self._incoming: deque[tuple[int, bytes | None]] = deque()
         self._outgoing: deque[tuple[int, bytes]] = deque()
         self._closing = False
+        self._error: Exception | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context = zmq.Context()
         self._gate = self._context.socket(zmq.REP)
@@ -33,6 +35,7 @@ class Hub:
         public_key, secret_key = zmq.curve_keypair()
         self._allowed = z85.decode(public_key)
         self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for who is not there, instead of nothing
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, server_secret)
         _common_options(self._socket)
@@ -46,8 +49,13 @@ class Hub:
         self._outgoing.append((rank, message))
         os.eventfd_write(self._wake, 1)
 
-    def receive(self) -> list[tuple[int, bytes]]:
-        """What has come in: rank and message."""
+    def receive(self) -> list[tuple[int, bytes | None]]:
+        """What has come in: rank and message, or None where the rank could not be reached.
+
+        Raises EngineError once the thread has failed.
+        """
+        if self._error is not None:
+            raise EngineError(f"nothing passes to and from other nodes: {self._error!r}") from self._error
         return [self._incoming.popleft() for _ in range(len(self._incoming))]
 
     def close(self) -> None:
@@ -59,6 +67,16 @@ class Hub:
         os.close(self._wake)
 
     def _run(self) -> None:
+        try:
+            self._pass_on()
+        except Exception as error:
+            self._error = error
+            self._ring()
+        finally:
+            self._socket.close()
+            self._gate.close()
+
+    def _pass_on(self) -> None:
         poller = zmq.Poller()
         for source in (self._wake, self._gate, self._socket):
             poller.register(source, zmq.POLLIN)
@@ -70,13 +88,17 @@ class Hub:
                 self._answer_gate()
             while self._outgoing:
                 rank, message = self._outgoing.popleft()
-                self._socket.send_multipart([str(rank).encode(), message])
+                try:
+                    self._socket.send_multipart([str(rank).encode(), message])
+                except zmq.ZMQError as error:
+                    if error.errno != zmq.EHOSTUNREACH:
+                        raise
+                    self._incoming.append((rank, None))
+                    self._ring()
             if self._socket in ready:
                 rank, message = self._socket.recv_multipart()
                 self._incoming.append((int(rank), message))
                 self._ring()
-        self._socket.close()
-        self._gate.close()
 
     def _answer_gate(self) -> None:
         """ZAP (rfc.zeromq.org/spec/27): whether a client's key is the one we gave out."""

@@ -42,7 +42,8 @@ class CallResult(msgspec.Struct, array_like=True, tag=True):
 class Failure(msgspec.Struct, array_like=True, tag=True):
     """An exception on the rank: of call ``id``, or of loading or a step, which end the worker.
 
-    field: (name, value, what is accepted) of headway's FieldErrors.
+    field: (name, value, what is accepted) of headway's FieldErrors. lost: the exception only says that another rank is
+    gone: which one, or -1.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Failure(msgspec.Struct, array_like=True, tag=True):
     remote_traceback: str
     id: int | None = None
     field: tuple[str, Any, str] | None = None
+    lost: int | None = None
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
