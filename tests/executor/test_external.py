@@ -1,17 +1,21 @@
-"""Two ranks that torchrun, or a launcher like it, has started."""
+"""Ranks that torchrun, or a launcher like it, has started."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.models.checkpoints import make_checkpoint
 
 from headway import LLM, SamplingParams
 
@@ -24,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 HEAD = f"""
-import json, os, sys, time
+import json, os, signal, sys, threading, time
 from headway import LLM, SamplingParams, StructuredOutput
 from headway.errors import HeadwayError
 RANK = int(os.environ["RANK"])
@@ -46,8 +50,10 @@ def tell(**said):
 TOGETHER = (
     HEAD
     + """
-other_seed = error_of(lambda: LLM(MODEL, **SETTINGS, seed=RANK))
-with LLM(MODEL, **SETTINGS, kv_cache_memory_bytes=(4 + RANK) << 20) as llm:
+DIFFERENT = {"seed": RANK, "async_scheduling": not RANK, "enforce_eager": not RANK}
+refused = [error_of(lambda: LLM(MODEL, **SETTINGS, **{name: value})) for name, value in DIFFERENT.items()]
+OWN = {"threads": 1 + RANK, "kv_cache_memory_bytes": (4 + RANK) << 20}
+with LLM(MODEL, **SETTINGS | OWN) as llm:
     info = [str(llm.executor_info), llm.executor_info.num_blocks]
     prompts = ["The capital of France is", "Once upon a time", "def add(a, b):"] * 3
     params = [SamplingParams(temperature=t, max_tokens=12, logprobs=2) for t in (0, 0.8, 1)] * 3
@@ -64,29 +70,77 @@ with LLM(MODEL, **SETTINGS | {"tensor_parallel_size": 1, "pipeline_parallel_size
     llm.sleep(2)
     llm.wake_up()
     staged += [[[o.outputs[0].token_ids, str(o.outputs[0].logprobs)] for o in llm.generate(prompts[:3], params)]]
-tell(other_seed=other_seed, info=info, outputs=outputs, different=different, again=again, staged=staged)
+tell(refused=refused, info=info, outputs=outputs, different=different, again=again, staged=staged)
 """
 )
 
-LONELY = (
+BROKEN = (
     HEAD
     + """
 from headway.worker import worker
 def no_disk(*_):
     raise ValueError("no disk")
-load = worker.load_model
 if RANK == 1:
     worker.load_model = no_disk
-broken = error_of(lambda: LLM(MODEL, **SETTINGS))
-worker.load_model = load
+tell(broken=error_of(lambda: LLM(MODEL, **SETTINGS)))
+"""
+)
 
+KILLED = (
+    HEAD
+    + """
+victim, SETTINGS["tensor_parallel_size"] = int(sys.argv[2]), int(sys.argv[3])
+SETTINGS["pipeline_parallel_size"] = 2 // SETTINGS["tensor_parallel_size"]
 llm = LLM(MODEL, **SETTINGS)
 def last_words(output):
-    if RANK == 1:
-        os.kill(os.getpid(), 9)
+    if RANK == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
 params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
 short = SamplingParams(temperature=0, max_tokens=4)
-tell(broken=broken, died=error_of(lambda: llm.generate(["One", "Two"], [short, params], on_output=last_words)))
+died = error_of(lambda: llm.generate(["One", "Two"], [short, params], on_output=last_words))
+llm.close()
+workers = [thread for thread in threading.enumerate() if thread.name == "headway-worker"]
+for thread in workers:
+    thread.join(5)
+tell(died=died, ended=not any(thread.is_alive() for thread in workers))
+"""
+)
+
+LATE = (
+    HEAD
+    + """
+SETTINGS["step_timeout_s"] = 1
+with LLM(MODEL, **SETTINGS) as llm:
+    if RANK == 0:
+        late = error_of(lambda: llm.generate("Alone"))
+        open(f"{OUT}/given-up", "w").close()
+    while not os.path.exists(f"{OUT}/given-up"):
+        time.sleep(0.05)
+    again = error_of(lambda: llm.generate("Too late"))
+llm = LLM(MODEL, **SETTINGS)
+def stop(output):
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+short = SamplingParams(temperature=0, max_tokens=4)
+stopped = error_of(lambda: llm.generate(["One", "Two"], [short, params], on_output=stop))
+tell(late=late, again=again, stopped=stopped)
+os._exit(0)  # its worker waits for a process that has not ended
+"""
+)
+
+UPDATED = (
+    HEAD
+    + """
+from safetensors.torch import load_file
+SETTINGS |= {"pipeline_parallel_size": 2, "tokenizer": sys.argv[4]}
+prompts = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (40, 3, 17)]
+params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+with LLM(sys.argv[2], **SETTINGS) as llm:
+    tokens = [[o.outputs[0].token_ids for o in llm.generate(prompts, params)]]
+    llm.update_weights(load_file(sys.argv[3] + "/model.safetensors").items())
+    tokens += [[o.outputs[0].token_ids for o in llm.generate(prompts, params)]]
+tell(tokens=tokens)
 """
 )
 
@@ -100,17 +154,41 @@ def said(folder: Path, rank: int) -> dict[str, Any]:
     return json.loads((folder / f"{rank}.json").read_text())
 
 
+def torchrun(folder: Path, size: int, script: str, *args: str) -> list[dict[str, Any]]:
+    """What each rank has told."""
+    (folder / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
+    launch += ["--master-port", str(free_port()), str(folder / "script.py"), str(folder), *args]
+    subprocess.run(launch, check=True, timeout=120)
+    return [said(folder, rank) for rank in range(size)]
+
+
+@contextlib.contextmanager
+def launched(folder: Path, script: str, *args: str) -> Generator[list[subprocess.Popen[bytes]]]:
+    """Two ranks whose launcher does nothing when one fails."""
+    (folder / "script.py").write_text(script)
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(folder / "script.py"), str(folder), *args]
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
 def test_ranks_under_torchrun_agree_and_give_the_same_outputs(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(TOGETHER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    subprocess.run([*launch, str(script), str(tmp_path)], check=True, timeout=120)
-    ranks = [said(tmp_path, rank) for rank in range(2)]
+    ranks = torchrun(tmp_path, 2, TOGETHER)
 
-    assert {name for rank in ranks if (name := rank["other_seed"][0])} <= {"ConfigError", "WorkerError"}
-    assert any("every rank must be given the same" in rank["other_seed"][1] for rank in ranks)
+    for rank in ranks:
+        for refused, name in zip(rank["refused"], ("seed", "async_scheduling", "enforce_eager"), strict=True):
+            assert refused[0] in ("ConfigError", "WorkerError")
+            assert name in refused[1] and "every rank must be given the same" in refused[1]
 
-    assert ranks[0]["info"] == ranks[1]["info"]
+    assert ranks[0]["info"][1] == ranks[1]["info"][1]
     assert "executor external_launcher (given): 2 ranks of 1 thread" in ranks[0]["info"][0]
     assert ranks[0]["outputs"] == ranks[1]["outputs"]
     assert [len(tokens) for tokens, _ in ranks[0]["outputs"]] == [12] * 9
@@ -121,33 +199,55 @@ def test_ranks_under_torchrun_agree_and_give_the_same_outputs(tmp_path: Path) ->
 
     for rank in ranks:
         kind, message, seconds = rank["different"]
-        assert kind in ("EngineError", "WorkerError") and "run different requests" in message
+        assert kind == "EngineError" and "run different requests" in message
         assert seconds < 10
         assert rank["again"][0] == "EngineDead"
 
 
-def test_a_rank_that_fails_or_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(LONELY)
-    port = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
-            | {"MASTER_ADDR": "127.0.0.1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert ranks[1].wait(60) == -signal.SIGKILL
-        assert ranks[0].wait(20) == 0
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    errors = said(tmp_path, 0)
-    assert errors["broken"][:2] == ["WorkerError", "rank 1: ValueError: no disk"]
-    assert errors["died"][:2] == ["WorkerDied", "rank 1 ended"] and errors["died"][2] < 30
+def test_a_rank_that_fails_to_load_is_an_error_on_every_rank(tmp_path: Path) -> None:
+    with launched(tmp_path, BROKEN) as ranks:
+        assert [rank.wait(60) for rank in ranks] == [0, 0]
+    for rank in range(2):
+        assert said(tmp_path, rank)["broken"][:2] == ["WorkerError", "rank 1: ValueError: no disk"]
+
+
+@pytest.mark.parametrize(("victim", "tensor_size"), [(0, 2), (0, 1), (1, 1)])
+def test_a_killed_rank_is_an_error_on_the_other_and_lets_it_end(victim: int, tensor_size: int, tmp_path: Path) -> None:
+    with launched(tmp_path, KILLED, str(victim), str(tensor_size)) as ranks:
+        assert ranks[victim].wait(60) == -signal.SIGKILL
+        assert ranks[1 - victim].wait(20) == 0
+    found = said(tmp_path, 1 - victim)
+    assert found["died"][:2] == ["WorkerDied", f"rank {victim} ended"] and found["died"][2] < 5
+    assert found["ended"]
+
+
+def test_no_rank_waits_longer_than_the_step_timeout_for_one_that_is_late_or_stopped(tmp_path: Path) -> None:
+    with launched(tmp_path, LATE) as ranks:
+        assert ranks[0].wait(60) == 0
+        assert ranks[1].poll() is None
+    found = said(tmp_path, 0)
+    for name, what in {"late": "the other ranks have not made this call", "stopped": "no result of step"}.items():
+        kind, message, seconds = found[name]
+        assert kind == "EngineError" and what in message and "within 1 s (step_timeout_s)" in message
+        assert 1 <= seconds < 7
+    assert found["again"][0] == "EngineDead"
+
+
+def test_four_ranks_take_new_weights_and_generate_what_one_does(tmp_path: Path, smollm2_gguf: Path) -> None:
+    model, first = make_checkpoint("llama", "ForCausalLM", tmp_path, vocab_size=2048)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.flip(0))
+    model.save_pretrained(tmp_path / "other")
+    prompts: list[Any] = [{"prompt_token_ids": list(range(5, 5 + n))} for n in (40, 3, 17)]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    expected: list[list[list[int]]] = []
+    for path in (first, tmp_path / "other"):
+        with LLM(str(path), tokenizer=str(smollm2_gguf), threads=1, max_model_len=128, max_num_seqs=4) as llm:
+            expected.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+    assert expected[0] != expected[1]
+    ranks = torchrun(tmp_path, 4, UPDATED, str(first), str(tmp_path / "other"), str(smollm2_gguf))
+    assert [rank["tokens"] for rank in ranks] == [expected] * 4
 
 
 def test_a_launch_of_independent_replicas_needs_no_meeting(monkeypatch: pytest.MonkeyPatch) -> None:

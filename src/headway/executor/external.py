@@ -6,40 +6,63 @@
 
 Scheduling is deterministic, so equal calls on every rank give equal plans, and nobody has to send any. What could
 differ is agreed on at the start (settings, capacity) or checked (a digest of the plans, whenever requests start, and
-again where a step takes long): ranks that were called differently get an error, and do not wait for ever.
+again where a step takes long): ranks that were called differently get an error, and nobody waits longer for the others
+than the timeouts allow.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import threading
 import time
 import traceback
-import uuid
 import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from headway.config import EngineConfig, machine_facts
-from headway.config.machine import Launched
-from headway.errors import ConfigError, EngineDead, EngineError, WorkerDied, WorkerError
+from headway.errors import ConfigError, EngineDead, EngineError, PeerLost, WorkerDied, WorkerError
 from headway.executor.peers import TICK_S, Failure, Peers, Result, Steps, join, own_address
 from headway.executor.uni import Masks, UniExecutor, local_worker
 from headway.messages import RankGroup, StepPlan, StepResult, WorkerInfo
 
 _HISTORY = 64  # steps; ranks are at most a pipeline's depth apart
 
+_GRACE_S = 5.0  # for the cause of a PeerLost to come
+
 # What ranks may differ in: they agree on the least, or it is nobody else's concern.
-_OWN = {"choices", "device", "trace", "model.path", "cache.num_blocks", "model.max_model_len"}
+_OWN = {
+    "choices",
+    "device.threads",
+    "device.isa",
+    "ray",
+    "trace",
+    "model.path",
+    "cache.num_blocks",
+    "model.max_model_len",
+}
+_SETTINGS = {
+    "parallel.executor": "distributed_executor_backend",
+    "scheduler.depth": "async_scheduling",
+    "scheduler.policy": "scheduling_policy",
+}
+
+
+class _Wait(NamedTuple):
+    """For other ranks, or for a step: ``limit`` seconds at most, 0: any time."""
+
+    since: float
+    limit: float
+    what: str
 
 
 class ExternalExecutor:
@@ -54,10 +77,10 @@ class ExternalExecutor:
         self._config = config
         self._uni: UniExecutor | None = None
         self._peers: Peers | None = None
-        self._memory: int | None = None
         self._error: EngineError | None = None
         self._lock = threading.Lock()
-        self._waiting: dict[Future[Any], float] = {}  # since when
+        self._waiting: dict[Future[Any], _Wait] = {}
+        self._told: Steps | None = None
         self._digest = 0
         self._digests: dict[int, int] = {}
         self._rank = 0
@@ -74,14 +97,16 @@ class ExternalExecutor:
         launched = machine_facts().launched
         if launched is None:
             raise ConfigError("distributed_executor_backend", "external_launcher", "this process was not launched")
-        size = self._config.parallel.ranks
-        replica, self._rank = divmod(launched.rank, size)
+        parallel = self._config.parallel
+        replica, self._rank = divmod(launched.rank, parallel.ranks)
         try:
-            group = self._meet(launched, f"headway/{_attempt()}/{replica}", size) if size > 1 else None
-            self._uni = UniExecutor(self._config, partial(local_worker, rank=self._rank, group=group))
-            info = self._settled(self._uni.begin()).result()
-            if self._peers is not None:
-                self._peers.exchange(b"ready")
+            group = self._meet(f"headway/{_attempt()}/{replica}") if parallel.ranks > 1 else None
+            make_worker = partial(local_worker, rank=self._rank, group=group)
+            self._uni = UniExecutor(self._config, make_worker, self._rank)
+            limit = parallel.start_timeout_s
+            late = f"the model was not loaded within {limit:g} s (start_timeout_s)"
+            info = self._settled(self._uni.begin(), limit, late).result()
+            self._start_together(b"ready")
         except BaseException as error:
             self._tell(error)
             with contextlib.suppress(EngineError):
@@ -97,9 +122,11 @@ class ExternalExecutor:
             self._digests.pop(plan.step - _HISTORY, None)
             if plan.starts:
                 self._check_starts(plan.step)
+        limit = self._config.parallel.step_timeout_s
+        late = limit, f"no result of step {plan.step} within {limit:g} s (step_timeout_s)"
         if self._rank >= self._first_of_last_stage:
-            return self._settled(uni.submit(plan))
-        result = self._settled()
+            return self._settled(uni.submit(plan), *late)
+        result = self._settled(None, *late)
         self._awaited[plan.step] = result
         uni.submit(plan).add_done_callback(partial(self._fail_if_failed, result))
         return result
@@ -127,41 +154,41 @@ class ExternalExecutor:
         except EngineError:
             if self._error is None:
                 raise
-        if self._memory is not None:
-            os.close(self._memory)
-            self._memory = None
 
     # Starting ---------------------------------------------------------------------------------------------------------
 
-    def _meet(self, launched: Launched, key: str, size: int) -> RankGroup:
-        one_node = launched.local_world_size == launched.world_size
-        peers = join(key, self._rank, size, one_node=one_node)
-        self._peers = peers
+    def _meet(self, key: str) -> RankGroup:
+        size = self._config.parallel.ranks
+        peers = self._peers = join(key, self._rank, size)
         peers.listen(_weakly(self._hear), _weakly(self._fail_waiting), _weakly(self._tick))
         weakref.finalize(self, peers.close)  # also at the end of a script that closes nothing
-        self._agree(peers)
-        self._memory = _share_memory(peers, one_node)
-        offer = f"{own_address(one_node)}:{_free_port()} {uuid.uuid4().hex}" if not self._rank else ""
-        store, engine = peers.exchange(offer.encode())[0].decode().split()
-        return RankGroup(rank=self._rank, size=size, memory=self._memory, store=store, engine=engine)
+        self._agree()
+        offer = f"{own_address()}:{_free_port()} {secrets.token_hex(8)}" if not self._rank else ""
+        store, engine = self._start_together(offer.encode())[0].decode().split()
+        return RankGroup(rank=self._rank, size=size, store=store, engine=engine)
 
-    def _agree(self, peers: Peers) -> None:
+    def _agree(self) -> None:
         """Capacity is the least of the ranks'; every other setting must be the same."""
         config = self._config
         mine = {"settings": _flat(asdict(config)), "capacity": [config.cache.num_blocks, config.model.max_model_len]}
-        offers = [msgspec.json.decode(data) for data in peers.exchange(msgspec.json.encode(mine))]
+        offers = [msgspec.json.decode(data) for data in self._start_together(msgspec.json.encode(mine))]
         settings = msgspec.json.decode(msgspec.json.encode(mine["settings"]))
         for rank, offer in enumerate(offers):
             for name, value in offer["settings"].items():
                 if settings.get(name) != value:
                     accepted = f"rank {rank} has {value!r}; every rank must be given the same"
-                    raise ConfigError(name.rpartition(".")[2], settings.get(name), accepted)
+                    setting = _SETTINGS.get(name) or name.rpartition(".")[2]
+                    raise ConfigError(setting, settings.get(name), accepted)
         num_blocks, max_model_len = (min(column) for column in zip(*(o["capacity"] for o in offers), strict=True))
         self._config = replace(
             config,
             cache=replace(config.cache, num_blocks=num_blocks),
             model=replace(config.model, max_model_len=max_model_len),
         )
+
+    def _start_together(self, data: bytes) -> list[bytes]:
+        limit = self._config.parallel.start_timeout_s
+        return self._exchange(data, limit, f"the other ranks have not started within {limit:g} s (start_timeout_s)")
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -174,14 +201,10 @@ class ExternalExecutor:
 
     def _check_starts(self, step: int) -> None:
         """Requests start: where callers differ, it shows here, before a step on which the ranks would not meet."""
-        assert self._peers is not None
         mine = b"%d %d" % (step, self._digest)
-        waiting: Future[Any] = Future()
-        self._waiting[waiting] = time.monotonic()
-        try:
-            digests = self._peers.exchange(mine)
-        finally:
-            self._waiting.pop(waiting, None)
+        limit = self._config.parallel.step_timeout_s
+        late = f"the other ranks have not made this call within {limit:g} s (step_timeout_s)"
+        digests = self._exchange(mine, limit, late)
         for rank, digest in enumerate(digests):
             if digest != mine:
                 raise self._diverged(rank, step)
@@ -190,15 +213,26 @@ class ExternalExecutor:
         accepted = "every rank must make the same calls with the same arguments"
         return EngineError(f"ranks {self._rank} and {rank} run different requests at step {step}: {accepted}")
 
-    def _settled(self, inner: Future[Any] | None = None) -> Future[Any]:
-        """A future that ``inner`` settles, or the failure of another rank."""
+    def _exchange(self, data: bytes, limit: float, late: str) -> list[bytes]:
+        """See Peers.exchange; the error is ``late`` when the others do not come."""
+        if self._peers is None:
+            return [data]
+        waiting: Future[Any] = Future()
+        self._waiting[waiting] = _Wait(time.monotonic(), limit, late)
+        try:
+            return self._peers.exchange(data)
+        finally:
+            self._waiting.pop(waiting, None)
+
+    def _settled(self, inner: Future[Any] | None, limit: float, late: str) -> Future[Any]:
+        """A future that ``inner`` settles, or the failure of another rank, or ``late``."""
         if self._peers is None and inner is not None:
             return inner
         outer: Future[Any] = Future()
         with self._lock:
             if self._error is not None:
                 raise self._error
-            self._waiting[outer] = time.monotonic()
+            self._waiting[outer] = _Wait(time.monotonic(), limit, late)
         if inner is not None:
             inner.add_done_callback(partial(self._settle, outer))
         return outer
@@ -214,8 +248,12 @@ class ExternalExecutor:
 
     def _fail_if_failed(self, outer: Future[Any], inner: Future[Any]) -> bool:
         error = inner.exception()
-        if error is not None and self._takes(outer):
-            outer.set_exception(self._own(error))
+        if isinstance(error, PeerLost):
+            with self._lock:
+                if outer in self._waiting:
+                    self._waiting[outer] = _Wait(time.monotonic(), _GRACE_S, str(error))
+        elif error is not None and self._takes(outer):
+            outer.set_exception(error)
             self._tell(error)
         return error is not None
 
@@ -223,12 +261,6 @@ class ExternalExecutor:
         """Whether it is still waited for; true once."""
         with self._lock:
             return self._waiting.pop(future, None) is not None
-
-    def _own(self, error: BaseException) -> BaseException:
-        """UniExecutor knows no rank but 0."""
-        if isinstance(error, WorkerError):
-            return WorkerError(self._rank, error.kind, error.message, error.remote_traceback)
-        return error
 
     def _tell(self, error: BaseException) -> None:
         """Tells the other ranks why this one cannot go on."""
@@ -264,17 +296,20 @@ class ExternalExecutor:
         for step, digest in other.digests.items():
             if self._digests.get(step, digest) != digest:
                 assert self._peers is not None
-                self._peers.fail(Failure(self._rank, "Diverged", str(self._diverged(other.rank, step))))
+                self._peers.fail(Failure(self._rank, "EngineError", str(self._diverged(other.rank, step))))
                 return
 
     def _tick(self) -> None:
-        oldest = min(list(self._waiting.values()), default=None)
-        if oldest is None or time.monotonic() - oldest < TICK_S or self._peers is None:
+        now, waits = time.monotonic(), list(self._waiting.values())
+        if self._peers is None or all(now - wait.since < TICK_S for wait in waits):
             return
         if self._peers.gone:
             self._fail_waiting(EngineDead(f"rank {min(self._peers.gone)} has closed its engine"))
-        else:
-            self._peers.tell(Steps(self._rank, dict(self._digests)))
+        elif over := [wait for wait in waits if 0 < wait.limit <= now - wait.since]:
+            self._peers.fail(Failure(self._rank, "EngineError", f"rank {self._rank}: {over[0].what}"))
+        elif self._told != (news := Steps(self._rank, dict(self._digests))):
+            self._told = news
+            self._peers.tell(news)
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:
@@ -300,20 +335,6 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if name not in _OWN:
             flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _share_memory(peers: Peers, one_node: bool) -> int | None:
-    """A descriptor of memory that all ranks share; None where they cannot."""
-    memory = os.memfd_create("headway") if one_node and not peers.rank else None
-    (offer, *_) = peers.exchange(b"" if memory is None else f"/proc/{os.getpid()}/fd/{memory}".encode())
-    if offer and peers.rank:
-        with contextlib.suppress(OSError):  # ranks that do not see each other's processes (containers)
-            memory = os.open(Path(offer.decode()), os.O_RDWR | os.O_CLOEXEC)
-    everyone = all(peers.exchange(b"" if memory is None else b"shared"))
-    if memory is not None and not everyone:
-        os.close(memory)
-        return None
-    return memory
 
 
 def _free_port() -> int:

@@ -67,7 +67,7 @@ class Result(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failure(msgspec.Struct, tag=True, frozen=True):
-    """Rank ``rank`` cannot go on; kind None: its process has ended."""
+    """Rank ``rank`` cannot go on; kind None: its process has ended; "EngineError": the message says all."""
 
     rank: int
     kind: str | None
@@ -77,6 +77,8 @@ class Failure(msgspec.Struct, tag=True, frozen=True):
     def error(self) -> EngineError:
         if self.kind is None:
             return WorkerDied(self.rank)
+        if self.kind == EngineError.__name__:
+            return EngineError(self.message)
         return WorkerError(self.rank, self.kind, self.message, self.traceback)
 
 
@@ -244,16 +246,15 @@ class Peers:
             _send(self._connections[rank], message)
 
 
-def join(key: str, rank: int, size: int, *, one_node: bool) -> Peers:
+def join(key: str, rank: int, size: int) -> Peers:
     """Finds the other ranks of ``key`` through the launcher's store. EngineError if they do not come."""
     import torch.distributed as dist
 
-    timeout = timedelta(seconds=JOIN_TIMEOUT_S)
-    store: dist.Store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
-    key = f"{key}/{store.add(f'{key}/count/{rank}', 1)}"  # the script's first engine, its second, ...
     try:
-        connections = _call(store, key, rank) if rank else _welcome(store, key, size, one_node)
-    except (OSError, RuntimeError) as error:
+        store: dist.Store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT_S))))[0]
+        key = f"{key}/{store.add(f'{key}/count/{rank}', 1)}"  # the script's first engine, its second, ...
+        connections = _call(store, key, rank) if rank else _welcome(store, key, size)
+    except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(f"the ranks did not meet within {JOIN_TIMEOUT_S:.0f} s: {error}") from error
     for connection in connections.values():
         connection.settimeout(None)
@@ -261,19 +262,17 @@ def join(key: str, rank: int, size: int, *, one_node: bool) -> Peers:
     return Peers(rank, size, connections)
 
 
-def own_address(one_node: bool) -> str:
-    """This node's, as the other nodes see it."""
-    if one_node:
-        return "127.0.0.1"
+def own_address() -> str:
+    """This node's, as the launcher's other nodes see it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing
         return probe.getsockname()[0]
 
 
-def _welcome(store: torch.distributed.Store, key: str, size: int, one_node: bool) -> dict[int, socket.socket]:
+def _welcome(store: torch.distributed.Store, key: str, size: int) -> dict[int, socket.socket]:
     token = secrets.token_hex(16)
     connections: dict[int, socket.socket] = {}
-    host = own_address(one_node)
+    host = own_address()
     with socket.create_server((host, 0), backlog=size) as server:
         store.set(key, f"{host} {server.getsockname()[1]} {token}")
         deadline = time.monotonic() + JOIN_TIMEOUT_S
