@@ -236,7 +236,7 @@ void walk(Team team, const Program& p, const Batch& b, const Step& s, const Step
     team.sync();
   }
   if (!p.group) return choose_rows(team, p, b, s, best);
-  exchange = choose_rows_together(team, p, b, s, best, exchange);
+  if (s.rows) exchange = choose_rows_together(team, p, b, s, best, exchange);  // as many on every rank
   if (team.thread == 0) p.group->exchanges = exchange - 1;
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from headway.worker.link import Links
     from headway.worker.program import Program
 
+_MOST_RECORDED = 100_000
+
 
 class Worker:
     """Used by one thread: ``load`` once, then ``step`` in the order of the plans. An exception in a step ends it."""
@@ -42,7 +45,8 @@ class Worker:
         self._comm: SharedComm | GlooComm | None = None
         self._links: Links | None = None
         self._memory: WorkerMemory | None = None
-        self._recorded: list[tuple[int, dict[str, int]]] = []
+        self._records = config.trace is not None and rank != config.parallel.reporting_rank
+        self._recorded: deque[tuple[int, dict[str, int]]] = deque(maxlen=_MOST_RECORDED)
 
     def load(self) -> WorkerInfo:
         """Loads and packs the weights, reserves the KV cache, runs one token. Raises what load_model raises."""
@@ -82,13 +86,13 @@ class Worker:
         with torch.inference_mode():
             result = self._runner.step(plan, masks)
         result.times_ns |= {"start": start, "end": time.perf_counter_ns()}
-        if self._config.trace is not None:
+        if self._records:
             self._recorded.append((plan.step, result.times_ns))
         return result
 
     def recorded_steps(self) -> list[tuple[int, dict[str, int]]]:
-        """Of an engine that writes a trace: step and times_ns of every step."""
-        return self._recorded
+        """Step and times_ns of the last steps, of a rank whose results the engine that writes a trace does not see."""
+        return list(self._recorded)
 
     def check_weights(self, path: str | None) -> None:
         """Whether an update from there, or None from tensors, can begin. See models.update."""
@@ -154,12 +158,15 @@ class Worker:
 
     def _compile(self, model: CausalModel, ops: Ops, kv: KVCache) -> Program | None:
         """The model's step as one native call, where the kernels and the architecture have one."""
-        builder = None if self._config.device.enforce_eager else ops.program_builder(kv, self._comm)
-        if builder is None or not isinstance(model, Decoder) or (model.head is None and model.shard.last):
+        config = self._config
+        if config.device.enforce_eager or config.model.runner != "generate":  # what pools needs hidden states
+            return None
+        builder = ops.program_builder(kv, self._comm)
+        if builder is None or not isinstance(model, Decoder):
             return None
         from headway.models.compile import compile_decoder
 
-        scheduler = self._config.scheduler
+        scheduler = config.scheduler
         return compile_decoder(
             model, builder, max_tokens=scheduler.max_num_batched_tokens, max_runs=scheduler.max_num_seqs
         )
