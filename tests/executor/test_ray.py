@@ -17,12 +17,13 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from headway import LLM, SamplingParams
+from headway import LLM, RequestOutput, SamplingParams
 from headway.config import DeviceConfig, EngineConfig, ModelConfig, ParallelConfig, RayConfig
-from headway.errors import EngineError, ModelError, WorkerDied, WorkerError
+from headway.errors import ConfigError, EngineError, ModelError, WorkerDied, WorkerError
 from headway.executor.launcher import Ticket
 from headway.executor.ray import RayExecutor
 from headway.executor.ray.actor import RankActor
+from headway.executor.ray.cluster import connection
 from headway.executor.ray.placement import Group, Seat, in_rank_order
 from headway.messages import StepPlan
 
@@ -112,12 +113,54 @@ def test_tokens_are_those_of_uni_on_either_node() -> None:
         assert tokens("ray", threads=1, placement_group_config={"bundles": [bundle]}) == expected
 
 
-@pytest.mark.long
-def test_ranks_on_two_nodes_give_the_tokens_of_ranks_on_one() -> None:
+@pytest.mark.parametrize(
+    "ranks", [{"tensor_parallel_size": 2}, pytest.param({"pipeline_parallel_size": 2}, marks=pytest.mark.long)]
+)
+def test_ranks_on_two_nodes_give_the_tokens_of_ranks_on_one(ranks: dict[str, int]) -> None:
     placement = {"bundles": [HERE, THERE]}
-    for ranks in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
-        expected = tokens("mp", threads=1, **ranks)
-        assert tokens("ray", threads=1, placement_group_config=placement, **ranks) == expected
+    expected = tokens("mp", threads=1, **ranks)
+    assert tokens("ray", threads=1, placement_group_config=placement, **ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [
+        (signal.SIGKILL, WorkerDied, "rank 1 ended"),
+        (signal.SIGSTOP, EngineError, r"within 1(\.0)? s \(step_timeout_s\)"),
+    ],
+)
+def test_callers_learn_what_became_of_a_rank_while_requests_run(
+    number: signal.Signals, error: type[EngineError], message: str
+) -> None:
+    settings = {"max_model_len": 512, "max_num_seqs": 4, "threads": 1, "step_timeout_s": 1.0}
+    placement = {"bundles": [HERE, HERE]}
+    began = 0.0
+    with LLM(
+        "smollm2-135m-instruct",
+        distributed_executor_backend="ray",
+        tensor_parallel_size=2,
+        placement_group_config=placement,
+        **settings,
+    ) as llm:
+
+        def strike(output: RequestOutput) -> None:
+            nonlocal began
+            os.kill(llm.executor_info.pids[1], number)
+            began = time.monotonic()
+            time.sleep(0.3)  # the other rank has told what it knows by the time that anybody looks
+
+        params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (4, 400)]
+        with pytest.raises(error, match=message):
+            llm.generate(PROMPTS, params, on_output=strike)
+        assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 8
+
+
+def test_an_address_of_another_cluster_than_the_connected_one_is_refused(cluster: str) -> None:
+    host, _, port = cluster.rpartition(":")
+    assert not connection.open(cluster, 1) and not connection.open(f"localhost:{port}", 1)
+    with pytest.raises(ConfigError, match=f"ray_address='{host}:1': this process is connected to Ray at {cluster}"):
+        connection.open(f"{host}:1", 1)
 
 
 def test_engines_of_one_program_have_a_group_each_and_give_it_back(make: Make) -> None:

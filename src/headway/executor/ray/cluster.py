@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -35,9 +35,12 @@ class Connection:
     def open(self, address: str | None, cpus: float) -> bool:
         """Uses the connection this process has, else joins ``address``, RAY_ADDRESS or what runs here, else starts Ray.
 
-        cpus: what a Ray of our own has at least. True: close() must be called. Raises ConfigError.
+        cpus: what a Ray of our own has at least. True: close() must be called. Raises ConfigError, also where this
+        process is connected to another cluster than ``address``.
         """
         with self._lock:
+            if ray.is_initialized() and address not in (None, "auto", "local"):
+                _check_connected(address)
             if self._users == 0:
                 if ray.is_initialized():
                     return False
@@ -96,13 +99,32 @@ def _init(address: str | None, cpus: float) -> None:
         )
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes."""
+def _check_connected(address: str) -> None:
+    """A process cannot be connected to two clusters."""
+    connected = ray.get_runtime_context().gcs_address
+    if _endpoint(address) != _endpoint(connected):
+        raise ConfigError("ray_address", address, f"this process is connected to Ray at {connected}")
+
+
+def _endpoint(address: str) -> tuple[str, int]:
+    """The numeric address and port; this node's has several names, of which Ray uses one."""
+    host, port = _split(address)
+    with suppress(OSError):
+        host = socket.gethostbyname(host)
+    return ray.util.get_node_ip_address() if host.startswith("127.") else host, port
+
+
+def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:  # ray:// is for programs outside; the engine runs on a node
         raise ConfigError("ray_address", address, "must be host:port, auto or local")
+    return host, int(port)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection(_split(address), timeout=5).close()
     except OSError as error:
         raise ConfigError("ray_address", address, f"nothing answers there ({error})") from error
 
