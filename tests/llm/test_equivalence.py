@@ -103,6 +103,12 @@ def test_samples_of_one_prompt_are_those_of_single_requests() -> None:
     assert len({tuple(c.token_ids) for c in together.outputs}) == 4
 
 
+def chosen(output: RequestOutput) -> list[float]:
+    """The log probability of each generated token."""
+    (answer,) = output.outputs
+    return [step[token].logprob for step, token in zip(answer.logprobs or [], answer.token_ids, strict=True)]
+
+
 def test_prompt_logprobs_survive_preemption_and_chunks() -> None:
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, prompt_logprobs=1, logprobs=1)
     with running() as llm:
@@ -114,4 +120,4 @@ def test_prompt_logprobs_survive_preemption_and_chunks() -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.prompt_logprobs is not None and len(one.prompt_logprobs) == len(one.prompt_token_ids)
         assert one.prompt_logprobs == other.prompt_logprobs
-        assert one.outputs[0].logprobs == other.outputs[0].logprobs
+        assert chosen(one) == pytest.approx(chosen(other), abs=0.03)  # a decode beside a prompt runs no program
