@@ -37,7 +37,7 @@ from headway.messages import RankGroup, StepPlan, StepResult, WorkerInfo
 
 _HISTORY = 64  # steps; ranks are at most a pipeline's depth apart
 
-_GRACE_S = 5.0  # for the cause of a PeerLost to come
+_GRACE_S = 1.0  # for the cause of a PeerLost to come
 
 # What ranks may differ in: they agree on the least, or it is nobody else's concern.
 _OWN = {
@@ -241,10 +241,10 @@ class ExternalExecutor:
         if self._fail_if_failed(outer, inner):
             return
         result = inner.result()
+        if self._takes(outer):  # before others hear it, who may fail at what comes next
+            outer.set_result(result)
         if self._peers is not None and self._first_of_last_stage == self._rank > 0 and isinstance(result, StepResult):
             self._peers.tell(Result(result.step, msgspec.msgpack.encode(result)))
-        if self._takes(outer):
-            outer.set_result(result)
 
     def _fail_if_failed(self, outer: Future[Any], inner: Future[Any]) -> bool:
         error = inner.exception()

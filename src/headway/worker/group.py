@@ -87,7 +87,13 @@ def open_store(group: RankGroup, part: int | str) -> dist.Store:
         timeout = timedelta(seconds=START_TIMEOUT_S)
         serves = group.rank == 0
         store = dist.TCPStore(
-            host, int(port), is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
+            host,
+            int(port),
+            is_master=serves,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+            use_libuv=False,  # which leaves a pipe in the process
         )
     except RuntimeError as error:
         raise EngineError(f"the ranks' store at {group.store} does not answer: {error}") from error
