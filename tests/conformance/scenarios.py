@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +225,12 @@ def refused_requests(llm: LLM) -> Any:
 def failing_workers(llm: LLM) -> Any:
     """A call that fails on the workers is the caller's; a step that fails there is the end of the engine."""
     executor = llm._frontend.core._executor
-    wrong = StepPlan(step=1 << 40, releases=[0], runs=np.array([0, 1], np.int32).tobytes())
+    call = [error(lambda: executor.call("dance")), greedy(llm)]
+    with suppress(HeadwayError):  # once it is over here, every other rank has what it was to generate above
+        llm.generate(PROMPTS[0], SamplingParams(max_tokens=1))
+    wrong = StepPlan(step=llm.metrics().steps, releases=[0], runs=np.array([0, 1], np.int32).tobytes())
     return [
-        error(lambda: executor.call("dance")),
-        greedy(llm),
+        *call,
         error(lambda: executor.submit(wrong).result(timeout=30), first=True),
         error(lambda: llm.generate(PROMPTS))[:1],
         error(lambda: llm.generate(PROMPTS))[:1],
