@@ -370,6 +370,35 @@ def test_interrupted_waiting_leaves_the_executor_usable(make: Make) -> None:
     executor.health()
 
 
+def test_an_interrupted_start_does_not_wait_for_the_other_processes(make: Make) -> None:
+    files, main_thread = open_files(), threading.get_ident()
+    executor = make(20, "hangs@0", start_timeout_s=60)
+    processes = executor._launcher._processes  # pyright: ignore
+
+    def interrupt() -> None:
+        while not processes:
+            time.sleep(0.001)
+        signal.pthread_kill(main_thread, signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        executor.start()
+    interrupting.join()
+    assert len(processes) < 20
+    assert (open_files(), children()) == (files, [])
+
+
+def test_a_dropped_executor_lets_go_of_its_port_on_any_thread(make: Make) -> None:
+    files, threads = open_files(), threading.active_count()
+    executors = [RemoteExecutor(make(2)._config, Far(1), "small_worker:SmallWorker")]  # pyright: ignore
+    executors[0].start()
+    dropping = threading.Thread(target=executors.clear, daemon=True)
+    dropping.start()
+    assert settles(lambda: -threading.active_count())
+    assert (open_files(), threading.active_count(), children()) == (files, threads, [])
+
+
 def test_ctrl_c_in_the_terminal_is_for_the_engine_alone(make: Make) -> None:
     info = make(1).start()
     assert os.getsid(info.pids[0]) == info.pids[0]

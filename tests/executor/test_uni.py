@@ -243,6 +243,29 @@ def test_an_interrupted_close_is_finished_at_exit() -> None:
     assert (done.stdout, done.stderr, done.returncode) == ("interrupted closed", "", 0)
 
 
+INTERRUPTED_LOAD = """
+import os, signal, threading, time
+from tests.executor.test_uni import CONFIG, Worker
+from headway.executor.uni import UniExecutor
+
+class Slow(Worker):
+    def load(self):
+        threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        time.sleep(6)
+        return super().load()
+
+try:
+    UniExecutor(CONFIG, Slow).start()
+except KeyboardInterrupt:
+    os.write(1, b"interrupted")
+"""
+
+
+def test_an_interrupted_start_is_an_interrupt() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_LOAD], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted", "", 0)
+
+
 def test_an_unknown_executor_is_named() -> None:
     from dataclasses import replace
 

@@ -59,7 +59,8 @@ class ParallelConfig:
     """executor: a name of headway.executor, or an import path "module:Class". stage_layers: of each pipeline stage;
     empty: divided evenly.
 
-    start_timeout_s, step_timeout_s: how long ranks in other processes may take to load and for one step; 0: any time.
+    start_timeout_s, step_timeout_s: how long ranks in other processes may take to load (or for another call)
+    and for one step; 0: any time.
     """
 
     executor: str = "uni"

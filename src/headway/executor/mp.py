@@ -37,6 +37,7 @@ class MpLauncher:
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[int] = []
+        self._pidfds: list[int] = []
         self._thread: threading.Thread | None = None
         self._closing = False
 
@@ -46,8 +47,8 @@ class MpLauncher:
     def start(self, tickets: list[Ticket], died: Callable[[int, int | None], None]) -> None:
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(tickets, died, started), name="headway-mp", daemon=True)
-        self._thread.start()
         try:
+            self._thread.start()
             started.result()
         except BaseException:  # Ctrl-C too: the descriptors in the tickets are no longer needed once this has ended
             self.close(0.0)
@@ -91,6 +92,7 @@ class MpLauncher:
             )
         finally:
             os.close(read_end)
+        self._pidfds.append(os.pidfd_open(process.pid))  # before anybody can kill it: Popen.kill may reap
         self._processes.append(process)
         data = ticket.encode()
         with suppress(BrokenPipeError):  # it has died already, which is told like any other death
@@ -98,9 +100,8 @@ class MpLauncher:
 
     def _await_ends(self, died: Callable[[int, int | None], None]) -> None:
         poller = select.poll()
-        ranks: dict[int, int] = {}
-        for rank, process in enumerate(self._processes):
-            ranks[pidfd := os.pidfd_open(process.pid)] = rank
+        ranks = {pidfd: rank for rank, pidfd in enumerate(self._pidfds)}
+        for pidfd in ranks:
             poller.register(pidfd, select.POLLIN)
         while ranks:
             for pidfd, _ in poller.poll():

@@ -31,7 +31,10 @@ class Executor(Protocol):
         ...
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
-        """Runs a worker method between steps, on every worker."""
+        """Runs a worker method between steps, on every worker. Raises what one raised, and TimeoutError.
+
+        Without a timeout, workers in other processes that take longer than start_timeout_s end the engine.
+        """
         ...
 
     def health(self) -> None:

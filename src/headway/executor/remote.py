@@ -61,10 +61,7 @@ class RemoteExecutor:
         self._running().mask(step, masks)
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
-        """args and results: what MessagePack has (numbers, strings, bytes, lists, dicts).
-
-        Without a timeout, workers that take longer than start_timeout_s end the engine.
-        """
+        """args and results: what MessagePack has (numbers, strings, bytes, lists, dicts)."""
         return self._running().call(method, args, timeout)
 
     def health(self) -> None:

@@ -16,7 +16,7 @@ from itertools import pairwise
 import msgspec
 
 from headway.errors import EngineError
-from headway.executor.channel.futex import Bell
+from headway.executor.channel.bell import Bell
 from headway.executor.channel.memory import map_shared
 from headway.executor.channel.ring import RingReader, RingWriter, Unframer, frame, ring_size
 
