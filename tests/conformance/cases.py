@@ -19,13 +19,14 @@ SCENARIOS: dict[str, list[str]] = {
     "decoder": GENERATING,
     "pooler": ["embeddings"],
     "encoder": ["embeddings"],
+    "classifier": ["classes"],
     "smollm2": ["greedy", "structured"],
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """An engine. model: "decoder" and "encoder" are tiny; "pooler" is that decoder for embeddings.
+    """An engine. model: "decoder", "encoder" and "classifier" are tiny; "pooler" is that decoder for embeddings.
 
     On one rank and in a pipeline the tiny decoder computes in bfloat16 and must give the very same bits everywhere;
     two tensor ranks add in another order, so they compute in float32, whose tokens are the same.
@@ -61,7 +62,7 @@ class Case:
         }
         if self.model == "smollm2":
             return {**settings, "max_model_len": 160, "max_num_seqs": 8}
-        if self.model in ("encoder", "pooler"):  # which take whole prompts
+        if self.model in ("encoder", "classifier", "pooler"):  # which take whole prompts
             return {**settings, "max_model_len": 160, "max_num_seqs": 8, "runner": "pooling"}
         block = 16 * TOKEN_BYTES[self.ranks] * (2 if self.dtype == "float32" and self.tensor_ranks == 1 else 1)
         settings |= {"kv_cache_memory_bytes": block * BLOCKS["roomy" if self.roomy else "tight"]}
@@ -74,7 +75,7 @@ class Case:
 
 
 def _dtype(ranks: Ranks, model: str) -> str:
-    return "float32" if model == "encoder" or ("tp2" in ranks and model != "smollm2") else "bfloat16"
+    return "float32" if model in ("encoder", "classifier") or "tp2" in ranks else "bfloat16"
 
 
 def _case(executor: str, ranks: Ranks, depth: int = 1, model: str = "decoder") -> Case:
@@ -95,6 +96,8 @@ LOCAL = [
     _case("mp", "pp2", model="pooler"),
     _case("ray", "tp2", model="pooler"),
     _case("mp", "tp2", model="encoder"),
+    _case("mp", "tp2", depth=0, model="encoder"),
+    _case("mp", "tp2", model="classifier"),
     _case("ray", "tp1", model="encoder"),
     *[_case("mp", ranks, model="smollm2") for ranks in RANKS],
 ]

@@ -190,6 +190,10 @@ def embeddings(llm: LLM) -> Any:
     return [output.data for output in llm.embed(PROMPTS, params)]
 
 
+def classes(llm: LLM) -> Any:
+    return [output.data for output in llm.classify(PROMPTS)]
+
+
 def new_weights(llm: LLM, other: str) -> Any:
     """Other weights, then those of before; sleep at both levels. Weights that do not fit are an error, and mended."""
     path = llm.config.model.path
@@ -254,12 +258,13 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
         known_prefixes,
         abort,
         embeddings,
+        classes,
         new_weights,
         refused_requests,
         failing_workers,
     )
 }
-GENERATING = [name for name in SCENARIOS if name != "embeddings"]
+GENERATING = [name for name in SCENARIOS if name not in ("embeddings", "classes")]
 
 
 # What scenarios say ---------------------------------------------------------------------------------------------------

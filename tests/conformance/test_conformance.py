@@ -81,15 +81,16 @@ class Outcomes:
 def outcomes(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Iterator[Outcomes]:
     folder = tmp_path_factory.mktemp("conformance")
     first, other = decoders(folder)
-    encoder = make_checkpoint(
-        "bert", "Model", folder, num_attention_heads=3, vocab_size=VOCAB, max_position_embeddings=160
-    )
+    shape: dict[str, Any] = {"num_attention_heads": 3, "vocab_size": VOCAB, "max_position_embeddings": 160}
+    encoder = make_checkpoint("bert", "Model", folder, **shape)
+    classifier = make_checkpoint("bert", "ForSequenceClassification", folder, num_labels=3, **shape)
     tokenizer = str(smollm2_gguf)
     outcomes = Outcomes(
         {
             "decoder": {"model": first, "other": other, "tokenizer": tokenizer},
             "pooler": {"model": first, "tokenizer": tokenizer},
             "encoder": {"model": str(encoder[1]), "tokenizer": tokenizer},
+            "classifier": {"model": str(classifier[1]), "tokenizer": tokenizer},
             "smollm2": {"model": "smollm2-135m-instruct"},
         },
         folder,
@@ -135,7 +136,7 @@ def test_the_outcome_is_that_of_one_process(case: Case, scenario: str, outcomes:
         assert (found, expected) == (True, False)
     elif case.tensor_ranks == 1:
         assert found == expected
-    elif case.model != "smollm2":
+    else:
         assert alike(found, expected)
 
 
@@ -159,6 +160,11 @@ def test_a_closed_engine_leaves_nothing(case: Case, outcomes: Outcomes) -> None:
 @pytest.mark.parametrize("case", [*LOCAL, *EXTERNAL], ids=str)
 def test_the_executor_is_the_one_asked_for(case: Case, outcomes: Outcomes) -> None:
     assert outcomes[case]["info"] == [case.executor, case.tensor_ranks * case.stages, case.depth]
+
+
+def test_classes_depend_on_the_prompt(outcomes: Outcomes) -> None:
+    first, *others = outcomes[next(case for case in LOCAL if case.model == "classifier").reference]["classes"]
+    assert len(first) == 3 and not any(alike(first, other) for other in others)
 
 
 # What the scenarios show, in the reference ----------------------------------------------------------------------------
