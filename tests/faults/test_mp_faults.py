@@ -144,12 +144,11 @@ def test_callers_get_the_exception_of_a_step_on_any_rank(
     assert what_is_left() == before
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_ring_whose_counts_make_no_sense_is_told_with_its_rank(failing: dict[str, Any], rank: int) -> None:
+def test_a_ring_whose_counts_make_no_sense_is_told_with_its_rank(failing: dict[str, Any]) -> None:
     before = what_is_left()
     with LLM("smollm2-135m-instruct", **failing, tensor_parallel_size=2) as llm:
-        fault = Fault(llm.executor_info.pids[rank], signal.SIGUSR2)
-        with pytest.raises(EngineError, match=f"rank {rank} wrote what is no message: the counts of a ring"):
+        fault = Fault(llm.executor_info.pids[1], signal.SIGUSR2)
+        with pytest.raises(EngineError, match="rank 1 wrote what is no message: the counts of a ring"):
             llm.generate(PROMPTS, LONG, on_output=fault)
     assert what_is_left() == before
 
