@@ -12,6 +12,7 @@ import torch
 
 from headway.errors import ConfigError, MissingDependencyError, ModelError
 from headway.models.describe import describe
+from headway.models.spec import Shard
 
 transformers = pytest.importorskip("transformers")
 
@@ -92,6 +93,13 @@ def test_attention_that_cannot_be_replaced_is_refused(make: Make, load: Make) ->
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="BloomForCausalLM does not take an attention function from outside"):
         load(path)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_several_ranks_are_refused(kind: str, make: Make, load: Make) -> None:
+    _, path = make("Starcoder2", {})
+    with pytest.raises(ConfigError, match=f"{kind}_parallel_size=2: must be 1"):
+        load(path, Shard(**{f"{kind}_size": 2}))
 
 
 def test_quantization_is_refused(make: Make, load: Make) -> None:

@@ -114,8 +114,9 @@ def load_with_transformers(
     config: ModelConfig, path: Path, checkpoint: Config, ops: Ops, shard: Shard, max_positions: int
 ) -> TransformersDecoder:
     """Raises ModelError where transformers does not have it either, or it cannot run on a paged cache."""
-    if (shard.tensor_size, shard.pipeline_size) != (1, 1):
-        raise ConfigError("tensor_parallel_size", shard.tensor_size, "must be 1 for a model run by transformers")
+    for field in ("tensor", "pipeline"):
+        if (size := getattr(shard, f"{field}_size")) > 1:
+            raise ConfigError(f"{field}_parallel_size", size, "must be 1 for a model run by transformers")
     if config.quantization is not None:
         raise ConfigError("quantization", config.quantization, "must be none for a model run by transformers")
     dtype: torch.dtype = getattr(torch, config.dtype)
