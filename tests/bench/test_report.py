@@ -64,7 +64,10 @@ def test_the_process_knows_its_age_and_its_peak_memory() -> None:
 
 def test_memory_is_that_of_all_processes_where_they_are_here() -> None:
     alone = peak_rss_mb(worker_info())
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as other:
+    running = "print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", running], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()  # it has become the program that it is to be
         both = peak_rss_mb(worker_info(pids=[os.getpid(), other.pid]))
         other.kill()
     assert alone is not None and both is not None and both > alone
