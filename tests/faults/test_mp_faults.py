@@ -71,7 +71,7 @@ def imported() -> None:
         llm.generate(PROMPTS, LONG[0])
 
 
-@pytest.mark.parametrize(
+each_rank = pytest.mark.parametrize(
     ("parallel", "rank"),
     [
         pytest.param({}, 0, id="alone"),
@@ -81,6 +81,9 @@ def imported() -> None:
         pytest.param({"pipeline_parallel_size": 2}, 1, id="last stage"),
     ],
 )
+
+
+@each_rank
 def test_callers_learn_of_a_killed_worker_within_two_seconds(parallel: dict[str, int], rank: int) -> None:
     before = what_is_left()
     with LLM("smollm2-135m-instruct", **SMALL, **parallel) as llm:
@@ -122,16 +125,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {**SMALL, "distributed_executor_backend": "failing:FailingExecutor"}
 
 
-@pytest.mark.parametrize(
-    ("parallel", "rank"),
-    [
-        pytest.param({}, 0, id="alone"),
-        pytest.param({"tensor_parallel_size": 2}, 0, id="tensor rank 0"),
-        pytest.param({"tensor_parallel_size": 2}, 1, id="tensor rank 1"),
-        pytest.param({"pipeline_parallel_size": 2}, 0, id="first stage"),
-        pytest.param({"pipeline_parallel_size": 2}, 1, id="last stage"),
-    ],
-)
+@each_rank
 def test_callers_get_the_exception_of_a_step_on_any_rank(
     failing: dict[str, Any], parallel: dict[str, int], rank: int
 ) -> None:

@@ -67,7 +67,7 @@ class EngineCore:
         self._scheduler = Scheduler(config, self._constraints.accept)
         self.upkeep = Upkeep(executor, self._scheduler)
         self._trace = trace
-        self._clock = StepClock(trace, config.parallel.ranks - config.parallel.tensor_parallel_size)
+        self._clock = StepClock(trace, config.parallel.reporting_rank)
         self._switch_as_before = switch_soon(self)
         self._in_flight: deque[_InFlight] = deque()
         self._failed: list[EngineOutput] = []  # by their constraint, since the last step()

@@ -87,11 +87,6 @@ class ExternalExecutor:
         # Only the last pipeline stage has the results; its first rank passes them on.
         self._awaited: dict[int, Future[Any]] = {}
 
-    @property
-    def _first_of_last_stage(self) -> int:
-        parallel = self._config.parallel
-        return parallel.ranks - parallel.tensor_parallel_size
-
     def start(self) -> WorkerInfo:
         """Waits for the other ranks; raises what the first of them raises."""
         launched = machine_facts().launched
@@ -124,7 +119,7 @@ class ExternalExecutor:
                 self._check_starts(plan.step)
         limit = self._config.parallel.step_timeout_s
         late = limit, f"no result of step {plan.step} within {limit:g} s (step_timeout_s)"
-        if self._rank >= self._first_of_last_stage:
+        if self._rank >= self._config.parallel.reporting_rank:
             return self._settled(uni.submit(plan), *late)
         result = self._settled(None, *late)
         self._awaited[plan.step] = result
@@ -133,7 +128,7 @@ class ExternalExecutor:
 
     def mask(self, step: int, masks: Masks) -> None:
         uni = self._running()
-        if self._rank >= self._first_of_last_stage:
+        if self._rank >= self._config.parallel.reporting_rank:
             uni.mask(step, masks)
 
     def call(self, method: str, *args: Any, timeout: float | None = None) -> list[Any]:
@@ -243,7 +238,11 @@ class ExternalExecutor:
         result = inner.result()
         if self._takes(outer):  # before others hear it, who may fail at what comes next
             outer.set_result(result)
-        if self._peers is not None and self._first_of_last_stage == self._rank > 0 and isinstance(result, StepResult):
+        if (
+            self._peers is not None
+            and self._config.parallel.reporting_rank == self._rank > 0
+            and isinstance(result, StepResult)
+        ):
             self._peers.tell(Result(result.step, msgspec.msgpack.encode(result)))
 
     def _fail_if_failed(self, outer: Future[Any], inner: Future[Any]) -> bool:
