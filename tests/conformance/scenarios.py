@@ -302,9 +302,18 @@ def what_there_is() -> dict[str, list[str]]:
         "files": own,
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "memory": [line.split()[-1] for line in maps if "/memfd:" in line or "/dev/shm/" in line],
-        "children": [p for task in Path("/proc/self/task").iterdir() for p in (task / "children").read_text().split()],
+        "children": child_processes(),
         "placement groups": _groups(),
     }
+
+
+def child_processes() -> list[str]:
+    """Of this process, whichever thread started them."""
+    found: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # of a thread that has just ended; another has its children now
+            found += (task / "children").read_text().split()
+    return found
 
 
 def left(before: dict[str, list[str]], pids: list[int], limit_s: float = 5.0) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conformance.scenarios import child_processes
 
 from headway import LLM, AsyncLLM, RequestOutput, SamplingParams
 from headway.errors import EngineDead, EngineError, ModelError, WorkerDied, WorkerError
@@ -44,8 +45,7 @@ class Fault:
 
 def what_is_left() -> tuple[object, ...]:
     """Open files, threads, child processes and shared memory of this process."""
-    children = [p for task in Path("/proc/self/task").iterdir() for p in (task / "children").read_text().split()]
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), children, sorted(os.listdir("/dev/shm"))
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), child_processes(), sorted(os.listdir("/dev/shm"))
 
 
 def alive(pid: int) -> bool:

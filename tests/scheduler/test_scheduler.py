@@ -54,7 +54,7 @@ class Driver:
         self.names: dict[int, str] = {}
         self.runs: deque[list[tuple[int, int]]] = deque(maxlen=config.parallel.pipeline_parallel_size)
         self.plans: list[StepPlan] = []
-        self.in_flight: deque[tuple[int, dict[int, bool]]] = deque()  # step, whether each slot samples
+        self.in_flight: deque[tuple[int, dict[str, bool]]] = deque()  # step, whether each request samples
 
     def plan(self) -> dict[str, int] | None:
         """Plans a step; request to number of tokens, in batch order."""
@@ -70,10 +70,10 @@ class Driver:
         else:
             runs = [(s, n) for s, n in np.frombuffer(plan.runs, np.int32).reshape(-1, 2).tolist()]
         self.runs.append(runs)
-        samples: dict[int, bool] = {}
+        samples: dict[str, bool] = {}
         for slot, count in runs:
             self.left[slot] -= count
-            samples[slot] = not self.left[slot]
+            samples[self.names[slot]] = not self.left[slot]
             self.left[slot] = self.left[slot] or 1
         self.in_flight.append((plan.step, samples))
         return {self.names[slot]: count for slot, count in runs}
@@ -390,7 +390,7 @@ def test_a_slot_waits_for_its_token_unless_nothing_else_can_run(
         else:
             while len(driver.in_flight) < stages + depth:
                 ahead = list(driver.in_flight)[-(stages - 1) :] if stages > 1 else []
-                waiting = {driver.names[s] for _, samples in ahead for s, sampled in samples.items() if sampled}
+                waiting = {name for _, samples in ahead for name, sampled in samples.items() if sampled}
                 runs = driver.plan()
                 if runs is None:
                     break

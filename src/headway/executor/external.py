@@ -252,8 +252,8 @@ class ExternalExecutor:
                 if outer in self._waiting:
                     self._waiting[outer] = _Wait(time.monotonic(), _GRACE_S, str(error))
         elif error is not None and self._takes(outer):
+            self._tell(error)  # first: who hears of the error finds that the engine has ended
             outer.set_exception(error)
-            self._tell(error)
         return error is not None
 
     def _takes(self, future: Future[Any]) -> bool:
