@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -224,7 +225,7 @@ class FakeWorker:
     @staticmethod
     def first_allowed(token: int, forbidden: list[int], mask: bytes | None, vocab_size: int) -> int:
         """The first token from ``token`` on, wrapping around, that may come next."""
-        for candidate in (*range(token, vocab_size), *range(token)):
+        for candidate in chain(range(token, vocab_size), range(token)):
             if candidate not in forbidden and (mask is None or mask[candidate // 8] >> (candidate % 8) & 1):
                 return candidate
         raise AssertionError("no token is allowed")

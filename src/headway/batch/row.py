@@ -1,0 +1,47 @@
+"""A row on its way through a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from headway.errors import WorkerError
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row has no answer: the exception's type and message, and the stage in which it was raised."""
+
+    type: str
+    message: str
+    stage: str
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """index: its place among its input's. data: what stages read and add to. source: the input's columns."""
+
+    index: int
+    data: dict[str, Any]
+    source: dict[str, Any] = field(default_factory=dict[str, Any])
+    error: RowError | None = None
+
+    @classmethod
+    def of(cls, index: int, source: dict[str, Any]) -> Row:
+        return cls(index, dict(source), source)
+
+    def fail(self, error: BaseException, stage: str) -> None:
+        kind = error.kind if isinstance(error, WorkerError) else type(error).__name__
+        message = error.message if isinstance(error, WorkerError) else str(error)
+        self.error = RowError(kind, message or kind, stage)
+
+    def record(self) -> dict[str, Any]:
+        """The output row: what the stages made of it, or the input's columns and the error."""
+        if self.error is None:
+            return self.data
+        error = self.error
+        return {**self.source, "error": {"type": error.type, "message": error.message, "stage": error.stage}}
+
+
+Done = Callable[[list[Row]], None]
