@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from headway.engine.metrics import EngineMetrics
 from headway.errors import EngineDead, EngineError, HeadwayError, RequestError
 from headway.messages import EngineOutput, Request
 
-_Item = EngineOutput | BaseException
+Item = EngineOutput | BaseException
+Put = Callable[[str, Item], None]
 
 HEALTH_S = 1.0
 """How long an idle engine may go on without knowing that it has lost a worker."""
@@ -32,11 +33,11 @@ HEALTH_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """A request and its caller's end: items, which a caller's requests share, are put on the caller's event loop."""
+    """A request and its caller's end: ``put``, which is called on the caller's event loop."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[_Item]
+    put: Put
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,10 @@ class AsyncEngine:
         Closing the iterator early aborts what still runs. Raises RequestError for a bad request, and what ended the
         engine if it fails.
         """
-        loop, items = asyncio.get_running_loop(), asyncio.Queue[_Item]()
-        running = {request.request_id: _Stream(request, loop, items) for request in requests}
+        loop, items = asyncio.get_running_loop(), asyncio.Queue[Item]()
+        running = {
+            request.request_id: _Stream(request, loop, lambda _, item: items.put_nowait(item)) for request in requests
+        }
         try:
             for stream in running.values():
                 self._post(stream)
@@ -108,6 +111,14 @@ class AsyncEngine:
         finally:
             for stream in running.values():
                 self._post(_Leave(stream), dead_is_fine=True)
+
+    def submit(self, requests: Iterable[Request], put: Put) -> None:
+        """As generate(), without an iterator for each: put is called on this event loop with a request's id and each of
+        its outputs in turn, or what ended it.
+        """
+        loop = asyncio.get_running_loop()
+        for request in requests:
+            self._post(_Stream(request, loop, put))
 
     async def between_steps(self, run: Callable[[EngineCore], None]) -> None:
         """Runs something on the engine's thread. Raises what it raises."""
@@ -234,7 +245,7 @@ class AsyncEngine:
             self._core.abort([name])
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
-        items: list[tuple[_Stream, _Item]] = []
+        items: list[tuple[_Stream, Item]] = []
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -243,8 +254,8 @@ class AsyncEngine:
                     del self._streams[output.request_id]
         self._send(items)
 
-    def _send(self, items: list[tuple[_Stream, _Item]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Item]]] = {}
+    def _send(self, items: list[tuple[_Stream, Item]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Item]]] = {}
         for stream, item in items:
             by_loop.setdefault(stream.loop, []).append((stream, item))
         for loop, batch in by_loop.items():
@@ -269,6 +280,6 @@ class AsyncEngine:
         self._send([(stream, error) for stream in streams])
 
 
-def _put(batch: list[tuple[_Stream, _Item]]) -> None:
+def _put(batch: list[tuple[_Stream, Item]]) -> None:
     for stream, item in batch:
-        stream.items.put_nowait(item)
+        stream.put(stream.request.request_id, item)

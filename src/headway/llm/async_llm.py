@@ -16,6 +16,7 @@ from headway.llm.frontend import Client, Frontend
 from headway.llm.outputs import GeneratedResult, PooledResult
 from headway.llm.processor import Params, Prepared
 from headway.llm.prompts import Prompt, PromptInput, as_input
+from headway.llm.stream import K, OnAnswers, PromptStream
 from headway.messages import EngineOutput, PooledOutput, PoolingParams, Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ class AsyncLLM(Client):
         """As LLM.score."""
         scoring = self._scoring(text_1, text_2)
         return scoring.results(list(await asyncio.gather(*(self._pool(p, scoring.params) for p in scoring.prompts))))
+
+    def stream(self, done: OnAnswers[K]) -> PromptStream[K]:
+        """For very many prompts: see PromptStream. To be used on the running event loop."""
+        return PromptStream(self._frontend, self._engine, self._ids, done)
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its iterator gets a last output with finish_reason "abort". Unknown ids are ignored."""

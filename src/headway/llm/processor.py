@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
 from headway.config import EngineConfig, ModelFacts
 from headway.engine import GrammarBackend
-from headway.errors import FieldError, RequestError
+from headway.errors import RequestError
 from headway.llm.prompts import Prompt, PromptInput, as_input
 from headway.messages import PoolingParams, Request, SamplingParams
 from headway.scheduler.checks import check
 from headway.tokenizers import Tokenizer
 
 Params = SamplingParams | PoolingParams
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Encodings hold offsets and strings beside the ids; a batch of this size keeps them few and the threads busy.
 TOKENIZE_BATCH = 512
@@ -72,19 +73,28 @@ class Processor:
         self, request_ids: Iterator[str], prompts: Sequence[Prompt], params: Sequence[Params]
     ) -> Iterator[Prepared]:
         """In order; an error names the prompt's place. Only a batch of encodings is held at a time."""
+        for i, one in enumerate(self.prepare_each(request_ids, prompts, params)):
+            if isinstance(one, RequestError):
+                raise one if len(prompts) == 1 else RequestError(f"prompts[{i}].{one.field}", one.value, one.accepted)
+            yield one
+
+    def prepare_each(
+        self, request_ids: Iterator[str], prompts: Sequence[Prompt], params: Sequence[Params]
+    ) -> Iterator[Prepared | RequestError]:
+        """In order, with the error of each prompt that is refused. Only a batch of encodings is held at a time."""
         decided: dict[int, tuple[Params, _Decided]] = {}  # by identity, which holds while the object is kept beside
+
+        def prepared(item: PromptInput, token_ids: list[int], one: Params) -> Prepared:
+            if id(one) not in decided:
+                decided[id(one)] = one, self._decide(one)
+            return self._prepared(next(request_ids), item, token_ids, one, decided[id(one)][1])
+
         for start in range(0, len(prompts), TOKENIZE_BATCH):
-            places = range(start, min(start + TOKENIZE_BATCH, len(prompts)))
-            items: list[PromptInput] = []
-            for i in places:
-                with _place(i, len(prompts)):
-                    items.append(self._input(prompts[i]))
-            for i, item, token_ids in zip(places, items, self._tokenize(items), strict=True):
-                with _place(i, len(prompts)):
-                    one = params[i]
-                    if id(one) not in decided:
-                        decided[id(one)] = one, self._decide(one)
-                    yield self._prepared(next(request_ids), item, token_ids, one, decided[id(one)][1])
+            end = start + TOKENIZE_BATCH
+            items = [_tried(self._input, prompt) for prompt in prompts[start:end]]
+            encoded = iter(self._tokenize([item for item in items if isinstance(item, PromptInput)]))
+            for item, one in zip(items, params[start:end]):
+                yield item if isinstance(item, RequestError) else _tried(prepared, item, next(encoded), one)
 
     def _input(self, prompt: Prompt) -> PromptInput:
         """Refuses a text that cannot fit before minutes and gigabytes go into its tokens."""
@@ -223,12 +233,8 @@ class Processor:
         return [list(ids) for ids in unique]
 
 
-@contextmanager
-def _place(index: int, count: int) -> Generator[None, None, None]:
-    """Names the prompt of a list that an error is about."""
+def _tried(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | RequestError:
     try:
-        yield
-    except FieldError as error:
-        if count == 1:
-            raise
-        raise RequestError(f"prompts[{index}].{error.field}", error.value, error.accepted) from error
+        return function(*args, **kwargs)
+    except RequestError as error:
+        return error
