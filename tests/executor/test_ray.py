@@ -268,6 +268,33 @@ def test_an_engine_asks_for_a_group_of_its_own_where_the_one_around_it_is_full()
     assert not joined and bundles == [0, 1] and len(all_groups) == 2
 
 
+@pytest.mark.parametrize("how", ["removed", "killed by Ray", "killed"])
+def test_a_group_ends_with_the_actor_it_was_made_in(how: str) -> None:
+    @ray.remote(num_cpus=0)
+    class Engine:
+        def __init__(self) -> None:
+            self.group = Group(RayConfig(bundles=({"CPU": 1.0},)))
+
+        def pid(self) -> int:
+            self.group.wait()
+            return os.getpid()
+
+        def remove(self) -> None:
+            self.group.remove()
+
+    engine = Engine.remote()
+    pid = ray.get(engine.pid.remote())
+    assert len(groups()) == 1
+    if how == "removed":
+        ray.get(engine.remove.remote())
+    elif how == "killed by Ray":
+        ray.kill(engine)
+    else:
+        os.kill(pid, signal.SIGKILL)
+    # nothing_is_left says the rest, but for the guard
+    wait_until(lambda: ray.util.list_named_actors(all_namespaces=True), [])
+
+
 def test_the_ranks_of_a_stage_share_a_node_where_one_has_the_room() -> None:
     def order(nodes: str, tensor_parallel_size: int) -> str:
         seats = [Seat(bundle, node, {}) for bundle, node in enumerate(nodes)]

@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup
 
 from headway.config import RayConfig
 from headway.errors import EngineError
+from headway.executor.ray.guard import guarded_group
 
 _log = logging.getLogger("headway")
 _SILENT_S = 5.0
@@ -27,11 +28,7 @@ class Seat:
 
 
 class Group:
-    """The placement group of one engine.
-
-    Ray gives it back when the engine's program dies, but not before that when a Ray actor dies that the engine ran in:
-    an engine in an actor that may be restarted belongs into a group that the program made around it.
-    """
+    """The placement group of one engine: given back with remove(), else when its program or its Ray actor ends."""
 
     def __init__(self, config: RayConfig) -> None:
         """Finds room in the group around this process, or asks for a group of its own; wait() comes next."""
@@ -39,11 +36,9 @@ class Group:
         around = get_current_placement_group()
         bundles = None if around is None else _fit(config, around)
         self._own = bundles is None
+        self._guard = None
         if around is None or bundles is None:
-            around, bundles = (
-                placement_group(list(config.bundles), strategy=config.strategy),
-                range(len(config.bundles)),
-            )
+            around, bundles = self._make(), range(len(config.bundles))
         self.handle, self._bundles = around, list(bundles)
 
     def wait(self) -> list[Seat]:
@@ -62,6 +57,15 @@ class Group:
         """Gives back what __init__ asked for; returns when Ray has it. Idempotent."""
         if self._own and ray.is_initialized():
             remove_placement_group(self.handle)
+            if self._guard is not None:
+                ray.kill(self._guard)
+
+    def _make(self) -> PlacementGroup:
+        config = self._config
+        if ray.get_runtime_context().get_actor_id() is None:
+            return placement_group(list(config.bundles), strategy=config.strategy)
+        group, self._guard = guarded_group(config)
+        return group
 
 
 def in_rank_order(seats: list[Seat], here: str, tensor_parallel_size: int) -> list[Seat]:

@@ -1,0 +1,53 @@
+"""A placement group that ends with the process it is for, however that ends.
+
+Ray gives a group back with the program that made it, even where an actor made it that died long before; but a group
+that a *detached* actor made goes with that actor. So one makes it, on the engine's node, and exits with its process.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import threading
+from typing import Any
+
+import ray
+from ray.util import placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from headway.config import RayConfig
+
+
+class Guard:
+    """The actor. engine: a process of this node."""
+
+    def __init__(self, config: RayConfig, engine: int) -> None:
+        watched = os.pidfd_open(engine)  # raises, and so ends this actor, where it is gone already
+        threading.Thread(target=_exit_with, args=(watched,), daemon=True).start()
+        self._group = placement_group(list(config.bundles), strategy=config.strategy)
+
+    def group(self) -> PlacementGroup:
+        return self._group
+
+
+def guarded_group(config: RayConfig) -> tuple[PlacementGroup, Any]:
+    """A group for the engine of this process, which is a Ray actor's, and the guard, whose end gives it back."""
+    here = ray.get_runtime_context().get_node_id()
+    options: dict[str, Any] = {
+        "name": f"headway-guard-{secrets.token_hex(4)}",
+        "namespace": "headway",
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
+    }
+    guard: Any = ray.remote(Guard).options(**options).remote(config, os.getpid())
+    return ray.get(guard.group.remote()), guard
+
+
+def _exit_with(watched: int) -> None:
+    ended = select.poll()
+    ended.register(watched, select.POLLIN)
+    ended.poll()
+    os._exit(0)
