@@ -14,7 +14,6 @@ from typing import Protocol
 
 from headway.batch.row import Done, Row
 
-
 Fail = Callable[[BaseException], None]
 
 

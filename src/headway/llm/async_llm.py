@@ -83,7 +83,7 @@ class AsyncLLM(Client):
         **template: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """As generate(), for a conversation. template: tools and what else ChatRenderer.render takes."""
-        prompt = self._chat_prompt(messages, **template)
+        prompt = self.chat_prompt(messages, **template)
         outputs = self.generate(prompt, sampling_params, request_id=request_id, priority=priority, stream=stream)
         async with aclosing(outputs):
             async for output in outputs:
@@ -97,7 +97,7 @@ class AsyncLLM(Client):
 
     async def score(self, text_1: str | list[str], text_2: str | list[str]) -> list[PooledOutput]:
         """As LLM.score."""
-        scoring = self._scoring(text_1, text_2)
+        scoring = self.scoring(text_1, text_2)
         return scoring.results(list(await asyncio.gather(*(self._pool(p, scoring.params) for p in scoring.prompts))))
 
     def stream(self, done: OnAnswers[K]) -> PromptStream[K]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 import msgspec
@@ -76,6 +76,12 @@ class ChatRenderer:
             except jinja2.TemplateSyntaxError as error:
                 raise RequestError("chat_template", source, f"{error.message} in line {error.lineno}") from error
         return self._compiled[source]
+
+
+def is_begun(messages: Any) -> bool:
+    """Whether the assistant has begun the answer, which is to be continued."""
+    last: Any = messages[-1] if isinstance(messages, Sequence) and messages else None
+    return isinstance(last, Mapping) and cast("Mapping[str, Any]", last).get("role") == "assistant"
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -123,12 +123,13 @@ class Client:
         """Counters and times since the start; ``times.since(earlier.times)`` is what a stretch of work took."""
         return self._frontend.core.metrics()
 
-    def _chat_prompt(self, messages: Sequence[Message], **options: Any) -> PromptInput:
-        """options: see ChatRenderer.render."""
+    def chat_prompt(self, messages: Sequence[Message], **options: Any) -> PromptInput:
+        """What chat() runs. options: see ChatRenderer.render."""
         # The template writes the special tokens out.
         return PromptInput(text=self._frontend.chat.render(messages, **options), add_special_tokens=False)
 
-    def _scoring(self, text_1: str | list[str], text_2: str | list[str]) -> Scoring:
+    def scoring(self, text_1: str | list[str], text_2: str | list[str]) -> Scoring:
+        """What score() runs, and what it makes of the outputs."""
         facts = self._frontend.facts
         return Scoring(
             text_1, text_2, self.tokenizer, cross_encoder=facts.num_labels == 1, segments=facts.token_types > 1

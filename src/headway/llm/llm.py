@@ -61,7 +61,7 @@ class LLM(Client):
         """Answers one conversation, or each of several. template: tools and what else ChatRenderer.render takes."""
         one = len(messages) > 0 and isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [messages] if one else messages)
-        prompts = [self._chat_prompt(conversation, **template) for conversation in conversations]
+        prompts = [self.chat_prompt(conversation, **template) for conversation in conversations]
         return self._run(prompts, self._sampling(sampling_params), use_tqdm, on_output)
 
     def embed(
@@ -86,7 +86,7 @@ class LLM(Client):
 
     def score(self, text_1: str | list[str], text_2: str | list[str], *, use_tqdm: bool = False) -> list[PooledOutput]:
         """One number per pair: a cross-encoder's where the model has a one-label head, else the embeddings' cosine."""
-        scoring = self._scoring(text_1, text_2)
+        scoring = self.scoring(text_1, text_2)
         outputs: list[PooledOutput] = self._run(scoring.prompts, scoring.params, use_tqdm)
         return scoring.results(outputs)
 
