@@ -69,6 +69,16 @@ def test_every_command_has_help(command, capsys) -> None:
             ["config", "explain", "--model", "m", "--threads", "two"],
             "argument --threads: invalid int value: 'two' (see headway config explain --help)",
         ),
+        (
+            ["config", "explain", "--model", "m", "--async-scheduling", "maybe"],
+            "argument --async-scheduling/--no-async-scheduling: takes no value, but 'maybe' follows"
+            " (see headway config explain --help)",
+        ),
+        (
+            ["config", "explain", "--model", "m", "--placement-group-config", "[]"],
+            "argument --placement-group-config: '[]': must be a JSON object (see headway config explain --help)",
+        ),
+        (["config", "explain", "--model", "m", "--threads", "9999"], "threads=9999: must be at most 1024"),
         (["batch", "in.jsonl", "-o", "x", "--model", "m", "--max-tokens", "0"], "max_tokens=0: must be at least 1"),
     ],
 )

@@ -37,4 +37,4 @@ def test_what_cannot_be_honoured_is_named(given: dict[str, Any], accepted: str) 
 @pytest.mark.parametrize("word", ["[]", "{CPU: 1}"])
 def test_on_the_command_line_it_is_a_json_object(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "explain", "--model", "m", "--placement-group-config", word]) == 2
-    assert "--placement-group-config: invalid json_object value" in capsys.readouterr().err
+    assert "must be a JSON object" in capsys.readouterr().err

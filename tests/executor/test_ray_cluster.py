@@ -73,3 +73,15 @@ def test_without_ray_the_extra_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith("MissingDependencyError: the ray executor needs Ray: pip install 'headway[ray]'\n")
+
+
+def test_a_file_that_hides_ray_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").touch()
+    program = (
+        "from headway.config import EngineConfig, ModelConfig\n"
+        "from headway.executor.ray import RayExecutor\n"
+        "RayExecutor(EngineConfig(model=ModelConfig(path='', served_model_name='')))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.stderr.endswith(f"needs Ray, but {tmp_path / 'ray.py'} hides it: rename that file\n")

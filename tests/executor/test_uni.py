@@ -269,7 +269,7 @@ def test_an_interrupted_start_is_an_interrupt() -> None:
 def test_an_unknown_executor_is_named() -> None:
     from dataclasses import replace
 
-    for name in ("carrier-pigeon", "headway.nothing:Here"):
+    for name in ("carrier-pigeon", "headway.nothing:Here", "json:JSONDecoder"):
         config = replace(CONFIG, parallel=replace(CONFIG.parallel, executor=name))
         with pytest.raises(ConfigError, match=name):
             make_executor(config)

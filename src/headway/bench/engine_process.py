@@ -24,6 +24,7 @@ import msgspec
 from headway.bench.workload import Mode, Pass, random_prompts, run_pass
 from headway.config import EngineArgs
 from headway.errors import EngineError
+from headway.executor.mp import own_modules
 
 CLOSE_S = 20.0
 
@@ -61,6 +62,7 @@ class EngineProcess:
             [sys.executable, "-m", "headway.bench.engine_process", str(writer)],
             stdin=subprocess.PIPE,
             pass_fds=[writer],
+            env=own_modules(),
             start_new_session=True,
         )
         os.close(writer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -18,14 +19,17 @@ from headway.bench.options import ExecutorsOptions, words
 from headway.bench.report import check_file, versions
 from headway.bench.throughput import WARM_UP_PROMPTS, for_mode
 from headway.bench.workload import Pass
-from headway.config import EngineArgs
-from headway.errors import EngineError
+from headway.config import EngineArgs, machine_facts, resolve
+from headway.errors import ConfigError, EngineError
+from headway.models.describe import describe
+from headway.models.source import resolve_source
 
 
 def run(options: ExecutorsOptions, args: EngineArgs) -> int:
     """Exit status 1 if no combination could run."""
     check_file(options.json)
     check_file(options.report, "report")
+    _check(options, args)
     comparison = measure(options, args)
     print(comparison.as_text(), flush=True)
     if options.json is not None:
@@ -35,6 +39,35 @@ def run(options: ExecutorsOptions, args: EngineArgs) -> int:
 
         Path(options.report).write_text(page(comparison), encoding="utf-8")
     return 0 if any(row.error is None for row in comparison.rows) else 1
+
+
+def _check(options: ExecutorsOptions, args: EngineArgs) -> None:
+    """Raises before anything starts where nothing could run: the model, the settings of every executor, the lengths."""
+    path = resolve_source(args.model, args.revision, load_format=args.load_format)
+    facts, machine = describe(path), machine_facts()
+    refused: list[ConfigError] = []
+    longest = 0
+    for executor in words(options.executors):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                config = resolve(_for(executor, for_mode(args, options.mode)), facts, machine, str(path))
+            longest = max(longest, config.model.max_model_len)
+        except ConfigError as error:
+            refused.append(error)
+    if len(refused) == len(words(options.executors)):
+        raise refused[0]
+    answer = max(map(int, words(options.output_lens))) if options.mode == "generate" else 0
+    if options.input_len + answer > longest:
+        accepted = f"with an answer of {answer}, must fit max_model_len={longest}"
+        raise ConfigError("input_len", options.input_len, accepted)
+
+
+def _for(executor: str, args: EngineArgs) -> EngineArgs:
+    args = replace(args, distributed_executor_backend=executor)
+    if executor == "ray" and args.placement_group_config is None:
+        args = replace(args, placement_group_config=_SIDE_BY_SIDE)
+    return args
 
 
 def measure(options: ExecutorsOptions, args: EngineArgs) -> Comparison:
@@ -94,9 +127,7 @@ class _Engine:
 
 
 def _start(stack: ExitStack, executor: str, overlap: bool, concurrency: int, args: EngineArgs) -> _Engine:
-    args = replace(args, distributed_executor_backend=executor, async_scheduling=overlap, max_num_seqs=concurrency)
-    if executor == "ray" and args.placement_group_config is None:
-        args = replace(args, placement_group_config=_SIDE_BY_SIDE)
+    args = replace(_for(executor, args), async_scheduling=overlap, max_num_seqs=concurrency)
     engine = _Engine(executor, overlap, EngineProcess(args))
     stack.callback(engine.process.close)
     _say(f"starting {engine.name}, concurrency {concurrency}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from headway.config.args import check_fields, setting
+from headway.config.parallel import ACCEPTED, EXECUTORS
 from headway.errors import ConfigError
 
 
@@ -60,6 +61,8 @@ class ExecutorsOptions:
         for name in ("executors", "async_scheduling"):
             if not words(getattr(self, name)):
                 raise ConfigError(name, getattr(self, name), "must name at least one")
+        if not all(word in ("auto", *EXECUTORS) or ":" in word for word in words(self.executors)):
+            raise ConfigError("executors", self.executors, f"each must be {ACCEPTED}")
         for name in ("concurrency", "output_lens"):
             given = words(getattr(self, name))
             if not given or not all(word.isdigit() and int(word) > 0 for word in given):

@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
-from headway.cli.commands import COMMANDS, Command
-from headway.cli.options import UsageError
-from headway.config.args import suggestion
 from headway.errors import HeadwayError, MissingDependencyError, UserError
+
+if TYPE_CHECKING:
+    from headway.cli.commands import Command
 
 INTERRUPTED = 130
 READER_LEFT = 141
@@ -44,6 +45,11 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
+    # Imported where Ctrl-C is heard.
+    from headway.cli.commands import COMMANDS
+    from headway.cli.options import UsageError
+    from headway.config.args import suggestion
+
     if words[:1] == ["--version"]:
         words = ["version"]
     if not words or words[0] in ("-h", "--help"):

@@ -26,16 +26,26 @@ class Parser(argparse.ArgumentParser):
         """Name to value, of the options that were given."""
         values, unknown = self.parse_known_args(words)
         if unknown:
+            self._check_switch(words, unknown[0])
             word = unknown[0].partition("=")[0]
             near = suggestion(word, [flag for action in self._actions for flag in action.option_strings])
             self.error(f"unknown argument {word}{near}")
         return vars(values)
 
+    def _check_switch(self, words: list[str], unknown: str) -> None:
+        """A value that follows an option which is yes or no is called that."""
+        before = self._option_string_actions.get(words[words.index(unknown) - 1])
+        if isinstance(before, argparse.BooleanOptionalAction) and not unknown.startswith("-"):
+            self.error(f"argument {'/'.join(before.option_strings)}: takes no value, but {unknown!r} follows")
+
 
 def json_object(word: str) -> dict[str, Any]:
-    value = json.loads(word)
+    try:
+        value = json.loads(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r}: must be a JSON object ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(word)
+        raise argparse.ArgumentTypeError(f"{word!r}: must be a JSON object")
     return value
 
 

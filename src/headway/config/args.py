@@ -70,7 +70,7 @@ class EngineArgs:
     device: Literal["cpu"] | None = setting(text="what computes")
     ops: Literal["reference", "cpu"] | None = setting(text="which kernels")
     isa: Literal["avx512bf16", "avx512", "avx2", "portable"] | None = setting(text="instruction set of the cpu kernels")
-    threads: int | None = setting(text="compute threads, of each rank", low=1)
+    threads: int | None = setting(text="compute threads, of each rank", low=1, high=1024)
     enforce_eager: bool | None = setting(text="operation by operation instead of a compiled step")
     trace: str | None = setting(text="write where each step's time went to this file, for ui.perfetto.dev")
 

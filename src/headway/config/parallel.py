@@ -9,6 +9,7 @@ from headway.config.settings import ParallelConfig
 from headway.errors import ConfigError
 
 EXECUTORS = ("uni", "mp", "ray", "external_launcher", "fake")
+ACCEPTED = f"auto, {', '.join(e for e in EXECUTORS if e != 'fake')}, or an import path module:Class"
 TIMEOUTS = ("start_timeout_s", "step_timeout_s")
 PRODUCT = "tensor_parallel_size * pipeline_parallel_size"
 
@@ -76,8 +77,7 @@ def _executor(choices: Choices, machine: MachineFacts, ranks: int, weights: int)
     automatic, reason = _automatic(machine, ranks, weights, cluster)
     executor = choices.pick("distributed_executor_backend", None if asked == "auto" else asked, automatic, reason)
     if executor not in EXECUTORS and ":" not in executor:
-        accepted = f"must be auto, {', '.join(e for e in EXECUTORS if e != 'fake')}, or an import path module:Class"
-        raise ConfigError("distributed_executor_backend", asked, accepted)
+        raise ConfigError("distributed_executor_backend", asked, f"must be {ACCEPTED}")
     if executor == "uni" and ranks > 1:
         accepted = f"runs one rank, but {PRODUCT} = {ranks}; auto, mp, ray and external_launcher run several"
         raise ConfigError("distributed_executor_backend", asked, accepted)

@@ -17,6 +17,7 @@ _NAMES = {
     "ray": "headway.executor.ray:RayExecutor",
     "fake": "headway.executor.fake:FakeExecutor",
 }
+_METHODS = ("start", "submit", "mask", "call", "health", "close")
 
 
 def make_executor(config: EngineConfig) -> Executor:
@@ -32,4 +33,8 @@ def make_executor(config: EngineConfig) -> Executor:
         if name in _NAMES:
             raise
         raise ConfigError("distributed_executor_backend", name, f"cannot be imported ({error})") from error
+    lacking = [method for method in _METHODS if not hasattr(factory, method)]
+    if lacking:
+        accepted = f"is no executor (see headway.executor.port): it has no {', '.join(lacking)}"
+        raise ConfigError("distributed_executor_backend", name, accepted)
     return factory(config)

@@ -87,7 +87,7 @@ class MpLauncher:
                 [sys.executable, "-m", "headway.executor.worker_process", str(read_end)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[read_end, *ticket.fds],
-                env=_environment(),
+                env=own_modules(),
                 start_new_session=True,  # Ctrl-C in a terminal is for the engine's process to act on
             )
         finally:
@@ -111,6 +111,6 @@ class MpLauncher:
                 died(rank, self._processes[rank].wait())
 
 
-def _environment() -> dict[str, str]:
-    """This process's, with its own search path for modules, and nothing from the current directory."""
+def own_modules() -> dict[str, str]:
+    """This process's environment, with its own search path for modules, and nothing from the current directory."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
