@@ -89,6 +89,11 @@ class EngineStage:
         """The engine that is used now; only after open()."""
         return self._llm
 
+    @property
+    def inside(self) -> list[Row]:
+        """What is in the engine, running or waiting."""
+        return [entry.row for entry in self._inside]
+
     async def open(self, fail: Fail) -> None:
         self._fail = fail
         self._use(await self._lease.open())
@@ -124,7 +129,7 @@ class EngineStage:
         params: list[Any] = []
         for entry in entries:
             try:
-                mine, one = self._prompts(entry), self._row_params(entry.row.data)
+                mine, one = self._prompts(entry), self._row_params(entry)
             except HeadwayError as error:
                 self._fail_row(entry, error)
                 continue
@@ -135,9 +140,11 @@ class EngineStage:
                 params.append(one)
         self._stream.submit(keys, prompts, params)
 
-    def _row_params(self, data: dict[str, Any]) -> SamplingParams | PoolingParams:
+    def _row_params(self, entry: _Entry) -> SamplingParams | PoolingParams:
+        if entry.scoring is not None:
+            return entry.scoring.params
         field = "sampling_params" if self._generates else "pooling_params"
-        return self._params.read(field, data.get(field))
+        return self._params.read(field, entry.row.data.get(field))
 
     def _prompts(self, entry: _Entry) -> list[PromptInput]:
         """One; a pair may have two."""
