@@ -9,6 +9,19 @@ from pathlib import Path
 import headway
 
 ROOT = Path(__file__).parents[1]
+ENGINE = [
+    "config",
+    "messages",
+    "ops",
+    "tokenizers",
+    "models",
+    "cache",
+    "scheduler",
+    "worker",
+    "executor",
+    "engine",
+    "llm",
+]
 LINE_BUDGET = 20_000
 
 
@@ -19,7 +32,9 @@ def test_a_room_imports_only_from_the_rooms_below_it() -> None:
 
 
 def test_the_engine_stays_within_its_line_budget() -> None:
-    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "csrc").glob("*.*")]
+    rooms = [ROOT / "src" / "headway" / room for room in ENGINE]
+    files = [*(file for room in rooms for file in room.rglob("*.py")), *(ROOT / "csrc").glob("*.*")]
+    assert len(files) > 100
     lines = {f: f.read_text().count("\n") for f in files}
     largest = sorted(lines.items(), key=lambda item: -item[1])[:5]
     assert sum(lines.values()) <= LINE_BUDGET, [(str(f.relative_to(ROOT)), n) for f, n in largest]

@@ -33,6 +33,7 @@ class Held:
     """Keeps rows until it is told which to let go."""
 
     name = "held"
+    window = 4
 
     def __init__(self) -> None:
         self.inside: list[tuple[Row, Done]] = []

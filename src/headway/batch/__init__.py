@@ -1,4 +1,6 @@
-"""Offline jobs over datasets. Importing this loads neither torch nor Ray."""
+"""Offline jobs over datasets. Importing this loads next to nothing; building a processor loads neither torch nor Ray."""
+
+from typing import TYPE_CHECKING
 
 from headway.batch.config import (
     ChatTemplateStageConfig,
@@ -11,7 +13,9 @@ from headway.batch.config import (
     StageConfig,
     TokenizerStageConfig,
 )
-from headway.batch.processor import Processor, build_processor
+
+if TYPE_CHECKING:
+    from headway.batch.processor import Processor, build_processor
 
 __all__ = [
     "ChatTemplateStageConfig",
@@ -26,3 +30,11 @@ __all__ = [
     "TokenizerStageConfig",
     "build_processor",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Processor", "build_processor"):
+        from headway.batch import processor
+
+        return getattr(processor, name)
+    raise AttributeError(f"module 'headway.batch' has no attribute {name!r}")

@@ -14,6 +14,8 @@ from typing import Protocol
 
 from headway.batch.row import Done, Row
 
+MIN_WINDOW = 64
+
 Fail = Callable[[BaseException], None]
 
 
@@ -22,6 +24,11 @@ class Stage(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def window(self) -> int:
+        """How many rows inside keep it busy; known once it is open."""
+        ...
 
     async def open(self, fail: Fail) -> None:
         """Whatever takes long; called once, before rows come. fail: for what ends the job, later on."""
@@ -53,6 +60,11 @@ class Flow:
         for stage in self._stages:
             self._open.push_async_callback(stage.close)
         await asyncio.gather(*(stage.open(self._fail) for stage in self._stages))
+
+    @property
+    def window(self) -> int:
+        """How many rows inside keep every stage busy; known once it is open."""
+        return max(MIN_WINDOW, sum(stage.window for stage in self._stages))
 
     def push(self, rows: list[Row], done: Done) -> None:
         """done: called with each row once it is answered or has failed, in any order."""

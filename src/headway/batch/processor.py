@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from headway.batch.config import EngineProcessorConfig, ProcessorConfig, StageConfig, stage_config
@@ -73,7 +75,7 @@ class Processor:
         from headway.batch.ray.dataset import apply
 
         for step in self._steps:
-            dataset = apply(dataset, step.config, step.specs)
+            dataset = apply(dataset, step.config, step.specs, step.leases)
         return dataset
 
     def run(self, source: str | Path, target: str | Path, options: JobOptions | None = None) -> Summary:
@@ -100,6 +102,16 @@ class Processor:
         """Of all rows that went through this machine's flows."""
         names = ("prompt_tokens", "output_tokens", "cached_tokens", "restarts")
         return EngineCounts(**{name: sum(getattr(one, name) for one in self._counts) for name in names})
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What answers depend on."""
+        stages = [(place, spec) for place, step in enumerate(self._steps) for spec in step.specs]
+        several = len(self._steps) > 1
+        return {
+            f"{place}.{name}" if several else name: value
+            for place, spec in stages
+            for name, value in spec.fingerprint().items()
+        }
 
     @property
     def should_continue_on_error(self) -> bool:
@@ -136,4 +148,22 @@ def _function(
     workers: Mapping[str, Any] | None,
 ) -> FunctionSpec:
     config = stage_config(StageConfig, f"{name}_map_kwargs", dict(workers or {}))
-    return FunctionSpec(name=name, load=partial(kind, function), workers=config)
+    return FunctionSpec(name=name, load=partial(kind, function), about=_code(function), workers=config)
+
+
+def _code(function: Any) -> str:
+    """A digest of what a function says, wherever it says it; of anything else that can be called, its type's name."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return type(function).__qualname__
+    digest = hashlib.blake2b(digest_size=8)
+    pending = [code]
+    while pending:
+        one = pending.pop()
+        digest.update(one.co_code + repr(one.co_names).encode())
+        for constant in one.co_consts:
+            if isinstance(constant, CodeType):
+                pending.append(constant)
+            else:
+                digest.update(repr(constant).encode())
+    return digest.hexdigest()

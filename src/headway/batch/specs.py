@@ -30,14 +30,24 @@ class Spec(Protocol):
     @property
     def workers(self) -> StageConfig: ...
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What answers depend on."""
+        ...
+
     def make(self) -> Stage: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionSpec:
+    """about: what the function makes of a row depends on."""
+
     name: str
     load: Callable[[], functions.OnRows]
+    about: Any
     workers: StageConfig = field(default_factory=StageConfig)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {self.name: self.about}
 
     def make(self) -> Stage:
         most = self.workers.concurrency
@@ -57,6 +67,10 @@ class EngineSpec:
     name: Literal["engine"] = "engine"
     workers: StageConfig = field(default_factory=StageConfig)
 
+    def fingerprint(self) -> dict[str, Any]:
+        how = self.options
+        return {"task": how.task, "model": self.settings, "sampling": how.sampling, "chat_template": how.template}
+
     def make(self, lease: Lease | None = None) -> EngineStage:
         """lease: on the engine to use; None: this stage's own, which ends with it."""
         return EngineStage(lease or Lease(self.settings, self.config.shared), self.options)
@@ -71,6 +85,9 @@ class HttpSpec:
     def workers(self) -> StageConfig:
         return self.config.http_request
 
+    def fingerprint(self) -> dict[str, Any]:
+        return {"url": self.config.url}
+
     def make(self) -> Stage:
         from headway.batch.stages.http import HttpStage
 
@@ -82,6 +99,9 @@ class ServeSpec:
     config: ServeDeploymentProcessorConfig
     name: Literal["serve_deployment"] = "serve_deployment"
     workers: StageConfig = field(default_factory=StageConfig)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"deployment": [self.config.app_name, self.config.deployment_name]}
 
     def make(self) -> Stage:
         from headway.batch.stages.serve import ServeStage
@@ -107,16 +127,18 @@ def _engine_specs(config: EngineProcessorConfig) -> list[Spec]:
         render["chat_template"] = template.chat_template
     before: list[Spec] = []
     if template.enabled and _apart(template):
-        load = partial(_chat_template, template.model_source or config.model_source, render)
-        before.append(FunctionSpec(name="chat_template", load=load, workers=template))
+        source = template.model_source or config.model_source
+        load = partial(_chat_template, source, render)
+        before.append(FunctionSpec(name="chat_template", load=load, about=[source, render], workers=template))
     if tokens.enabled and _apart(tokens):
-        load = partial(_tokenize, tokens.model_source or config.model_source)
-        before.append(FunctionSpec(name="tokenize", load=load, workers=tokens))
+        source = tokens.model_source or config.model_source
+        before.append(FunctionSpec(name="tokenize", load=partial(_tokenize, source), about=source, workers=tokens))
     settings = {"model": config.model_source, **config.engine_kwargs}
     if config.placement_group_config is not None:
         settings["placement_group_config"] = config.placement_group_config
     options = EngineOptions(
         task=config.task_type,
+        max_pending=config.max_pending_requests,
         sampling=config.sampling_params,
         template=render,
         render=template.enabled and not _apart(template),
@@ -125,8 +147,8 @@ def _engine_specs(config: EngineProcessorConfig) -> list[Spec]:
     engine = EngineSpec(settings=settings, options=options, config=config)
     after: list[Spec] = []
     if config.task_type == "generate" and text.enabled and _apart(text):
-        load = partial(_detokenize, text.model_source or config.model_source)
-        after.append(FunctionSpec(name="detokenize", load=load, workers=text))
+        source = text.model_source or config.model_source
+        after.append(FunctionSpec(name="detokenize", load=partial(_detokenize, source), about=source, workers=text))
     return [*before, engine, *after]
 
 

@@ -59,6 +59,7 @@ class EngineOptions:
     task: Task = "generate"
     render: bool = True
     tokenize: bool = True
+    max_pending: int | None = None
     sampling: dict[str, Any] = field(default_factory=dict[str, Any])
     template: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -88,6 +89,11 @@ class EngineStage:
     def llm(self) -> AsyncLLM:
         """The engine that is used now; only after open()."""
         return self._llm
+
+    @property
+    def window(self) -> int:
+        """Twice what runs: the engine always finds the next request waiting."""
+        return self._options.max_pending or 2 * self._llm.config.scheduler.max_num_seqs
 
     @property
     def inside(self) -> list[Row]:

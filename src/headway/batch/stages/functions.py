@@ -57,6 +57,8 @@ def _columns(returned: object) -> Mapping[str, Any]:
 class Inline:
     """For what takes microseconds a row. load: gives the function; called on a thread when the flow opens."""
 
+    window = 0
+
     def __init__(self, name: str, load: Callable[[], OnRows]) -> None:
         self.name = name
         self._load = load
@@ -77,6 +79,7 @@ class Threaded:
 
     def __init__(self, name: str, load: Callable[[], OnRows], batch_size: int, concurrency: int) -> None:
         self.name = name
+        self.window = 2 * concurrency * batch_size
         self._load, self._batch_size = load, batch_size
         self._free = concurrency
         self._pool = ThreadPoolExecutor(concurrency, f"headway-{name}")
