@@ -1,4 +1,4 @@
-"""Offline jobs over datasets. Importing this loads next to nothing; building a processor loads neither torch nor Ray."""
+"""Offline jobs over datasets. Importing this loads next to nothing, building a processor neither torch nor Ray."""
 
 from typing import TYPE_CHECKING
 

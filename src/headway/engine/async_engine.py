@@ -70,7 +70,7 @@ class _Action:
     done: Future[None]
 
 
-_Message = _Stream | _Leave | _Abort | _Compiled | _Action
+_Message = list[_Stream] | _Leave | _Abort | _Compiled | _Action
 
 
 class AsyncEngine:
@@ -99,8 +99,7 @@ class AsyncEngine:
             request.request_id: _Stream(request, loop, lambda _, item: items.put_nowait(item)) for request in requests
         }
         try:
-            for stream in running.values():
-                self._post(stream)
+            self._post(list(running.values()))
             while running:
                 item = await items.get()
                 if isinstance(item, BaseException):
@@ -117,8 +116,7 @@ class AsyncEngine:
         its outputs in turn, or what ended it.
         """
         loop = asyncio.get_running_loop()
-        for request in requests:
-            self._post(_Stream(request, loop, put))
+        self._post([_Stream(request, loop, put) for request in requests])
 
     async def between_steps(self, run: Callable[[EngineCore], None]) -> None:
         """Runs something on the engine's thread. Raises what it raises."""
@@ -176,18 +174,23 @@ class AsyncEngine:
             self._take(message)
 
     def _take(self, message: _Message) -> None:
-        if isinstance(message, _Abort):
+        if isinstance(message, list):
+            for stream in message:
+                self._enter(stream)
+        elif isinstance(message, _Abort):
             self._abort(message.request_ids)
         elif isinstance(message, _Leave):
             self._drop(message.stream)
         elif isinstance(message, _Compiled):
             self._add_compiled(message)
-        elif isinstance(message, _Action):
-            self._act(message)
-        elif constraint(message.request) is None:
-            self._add(message)
         else:
-            self._compile(message)
+            self._act(message)
+
+    def _enter(self, stream: _Stream) -> None:
+        if constraint(stream.request) is None:
+            self._add(stream)
+        else:
+            self._compile(stream)
 
     def _act(self, action: _Action) -> None:
         if not action.done.set_running_or_notify_cancel():
@@ -272,8 +275,8 @@ class AsyncEngine:
             streams = [*self._streams.values(), *self._compiling.values()]
             while not self._inbox.empty():
                 message = self._inbox.get()
-                if isinstance(message, _Stream):
-                    streams.append(message)
+                if isinstance(message, list):
+                    streams += message
                 elif isinstance(message, _Action) and message.done.set_running_or_notify_cancel():
                     message.done.set_exception(error)
         self._streams, self._compiling = {}, {}

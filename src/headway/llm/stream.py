@@ -14,7 +14,7 @@ from headway.llm.frontend import Frontend
 from headway.llm.outputs import Result, make_result
 from headway.llm.processor import Params
 from headway.llm.prompts import Prompt
-from headway.messages import PooledOutput, RequestOutput
+from headway.messages import PooledOutput, Request, RequestOutput
 
 K = TypeVar("K", bound=Hashable)
 
@@ -44,18 +44,20 @@ class PromptStream(Generic[K]):
 
     def submit(self, keys: Sequence[K], prompts: Sequence[Prompt], params: Sequence[Params]) -> None:
         """One of each a prompt. Tokenises them here and now."""
-        prepared = self._frontend.processor.prepare_each(self._ids, prompts, params)
-        for key, one in zip(keys, prepared, strict=True):
+        requests: list[Request] = []
+        for key, one in zip(keys, self._frontend.processor.prepare_each(self._ids, prompts, params), strict=True):
             if isinstance(one, BaseException):
                 self._answer(key, one)
                 continue
             names = [request.request_id for request in one.requests]
             entry = _Entry(key, names, make_result(self._frontend.tokenizer, one))
             self._running.update(dict.fromkeys(names, entry))
-            try:
-                self._engine.submit(one.requests, self._take)
-            except HeadwayError as error:  # the engine is dead
-                self._drop(entry, error)
+            requests += one.requests
+        try:
+            self._engine.submit(requests, self._take)
+        except HeadwayError as error:  # it is dead
+            for request in requests:
+                self._take(request.request_id, error)
 
     def close(self) -> None:
         """Ends what still runs; nobody hears of it."""
