@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from headway import errors
 from headway.config import ParallelConfig
-from headway.errors import EngineDead, EngineError, FieldError, HeadwayError, PeerLost, WorkerDied, WorkerError
+from headway.errors import EngineDead, EngineError, HeadwayError, PeerLost, WorkerDied
 from headway.executor.channel import wire
 from headway.executor.channel.shared import EngineEnd
+from headway.executor.failure import error_of
 from headway.messages import StepPlan, StepResult, WorkerInfo
 
 if TYPE_CHECKING:
@@ -287,17 +287,6 @@ class Mail:
             lost = message.lost
             self._suspect(WorkerDied(lost) if lost >= 0 else PeerLost(f"rank {rank}: {message.message}"))
         elif message.id is None:
-            self.fail(_error(rank, message, own=len(self.infos) < self._size))
+            self.fail(error_of(rank, message, own=len(self.infos) < self._size))
         elif message.id in self._calls:
-            self._calls[message.id].error = _error(rank, message, own=True)
-
-
-def _error(rank: int, failure: wire.Failure, own: bool) -> HeadwayError:
-    """The exception as the caller gets it. own: one of headway's is itself again (what is wrong with a model)."""
-    kind = getattr(errors, failure.kind, None) if own else None
-    if failure.field is not None and kind in (errors.ConfigError, errors.RequestError):
-        return kind(*failure.field)
-    more_than_text = (FieldError, WorkerError, WorkerDied)
-    if isinstance(kind, type) and issubclass(kind, HeadwayError) and not issubclass(kind, more_than_text):
-        return kind(failure.message)
-    return WorkerError(rank, failure.kind, failure.message, failure.remote_traceback)
+            self._calls[message.id].error = error_of(rank, message)

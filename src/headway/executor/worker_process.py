@@ -7,14 +7,14 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections import deque
 from importlib import import_module
 from typing import Protocol
 
-from headway.errors import EngineError, FieldError, PeerLost, WorkerDied
+from headway.errors import EngineError
 from headway.executor.channel import wire
 from headway.executor.channel.shared import WorkerEnd
+from headway.executor.failure import failure_of
 from headway.executor.launcher import Ticket
 from headway.messages import StepPlan
 
@@ -116,7 +116,7 @@ def _serve(link: Link, ticket: Ticket) -> int:
     except _Closed:
         return 0
     except Exception as error:
-        link.send(wire.encode(_failure(error)))
+        link.send(wire.encode(failure_of(error)))
         return 1
     finally:
         if worker is not None:
@@ -127,16 +127,7 @@ def _answer(worker: object, call: wire.Call) -> bytes:
     try:
         return wire.encode(wire.CallResult(call.id, getattr(worker, call.method)(*call.args)))
     except Exception as error:
-        return wire.encode(_failure(error, call.id))
-
-
-def _failure(error: Exception, call: int | None = None) -> wire.Failure:
-    field = None
-    if isinstance(error, FieldError):
-        value = error.value if isinstance(error.value, (str, int, float)) else repr(error.value)
-        field = (error.field, value, error.accepted)
-    lost = error.rank if isinstance(error, WorkerDied) else -1 if isinstance(error, PeerLost) else None
-    return wire.Failure(type(error).__name__, str(error), traceback.format_exc(), call, field, lost)
+        return wire.encode(failure_of(error, call.id))
 
 
 def main() -> None:
