@@ -145,6 +145,28 @@ tell(tokens=tokens)
 )
 
 
+MEETS = """
+import os, sys, time
+from headway.executor import peers
+RANK, OUT = int(os.environ["RANK"]), sys.argv[1]
+
+def until_has_met(rank):
+    while not os.path.exists(f"{OUT}/{rank}"):
+        time.sleep(0.01)
+
+call = peers._call
+def call_late(*args):
+    until_has_met(0)
+    return call(*args)
+if RANK == 3:
+    peers._call = call_late
+peers.join(f"replica {RANK // 2}", RANK % 2, 2)
+open(f"{OUT}/{RANK}", "w").close()
+for rank in range(4):
+    until_has_met(rank)
+"""
+
+
 def free_port() -> int:
     with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
@@ -164,13 +186,14 @@ def torchrun(folder: Path, size: int, script: str, *args: str) -> list[dict[str,
 
 
 @contextlib.contextmanager
-def launched(folder: Path, script: str, *args: str) -> Generator[list[subprocess.Popen[bytes]]]:
-    """Two ranks whose launcher does nothing when one fails."""
+def launched(folder: Path, script: str, *args: str, size: int = 2) -> Generator[list[subprocess.Popen[bytes]]]:
+    """Ranks whose launcher has no store for them, and does nothing when one fails."""
     (folder / "script.py").write_text(script)
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(folder / "script.py"), str(folder), *args]
     ranks = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
     ]
     try:
         yield ranks
@@ -185,8 +208,9 @@ def test_ranks_under_torchrun_agree_and_give_the_same_outputs(tmp_path: Path) ->
 
     for rank in ranks:
         for refused, name in zip(rank["refused"], ("seed", "async_scheduling", "enforce_eager"), strict=True):
-            assert refused[0] in ("ConfigError", "WorkerError")
-            assert name in refused[1] and "every rank must be given the same" in refused[1]
+            assert (
+                refused[0] == "ConfigError" and name in refused[1] and "every rank must be given the same" in refused[1]
+            )
 
     assert ranks[0]["info"][1] == ranks[1]["info"][1]
     assert "executor external_launcher (given): 2 ranks of 1 thread" in ranks[0]["info"][0]
@@ -248,6 +272,11 @@ def test_four_ranks_take_new_weights_and_generate_what_one_does(tmp_path: Path, 
     assert expected[0] != expected[1]
     ranks = torchrun(tmp_path, 4, UPDATED, str(first), str(tmp_path / "other"), str(smollm2_gguf))
     assert [rank["tokens"] for rank in ranks] == [expected] * 4
+
+
+def test_replicas_meet_through_the_first_ranks_store_whenever_they_come(tmp_path: Path) -> None:
+    with launched(tmp_path, MEETS, size=4) as ranks:
+        assert ranks[3].wait(60) == 0
 
 
 def test_a_launch_of_independent_replicas_needs_no_meeting(monkeypatch: pytest.MonkeyPatch) -> None:

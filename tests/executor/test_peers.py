@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from queue import Queue
 
 import pytest
 
-from headway.errors import EngineDead, EngineError, WorkerDied, WorkerError
+from headway.errors import EngineDead, HeadwayError, WorkerDied, WorkerError
+from headway.executor.channel import wire
 from headway.executor.peers import Failure, Peers, Result, Steps
 
 
@@ -21,10 +24,11 @@ class Ranks:
         self.far = [pair[1] for pair in pairs]
         connections = [{rank + 1: pair[0] for rank, pair in enumerate(pairs)}, {0: self.far[0]}, {0: self.far[1]}]
         self.peers = [Peers(rank, 3, own) for rank, own in enumerate(connections)]
-        self.errors: list[Future[EngineError]] = [Future() for _ in range(3)]
+        self.errors: list[Future[HeadwayError]] = [Future() for _ in range(3)]
         self.news: list[Queue[Steps | Result]] = [Queue() for _ in range(3)]
+        self.ticked = threading.Event()
         for peers, error, news in zip(self.peers, self.errors, self.news, strict=True):
-            peers.listen(news.put, error.set_result, lambda: None)
+            peers.listen(news.put, error.set_result, self.ticked.set)
 
     def __enter__(self) -> Ranks:
         return self
@@ -63,7 +67,7 @@ def test_a_rank_that_ends_is_named_to_everybody(ranks: Ranks) -> None:
 
 
 def test_a_failure_reaches_everybody_with_its_traceback(ranks: Ranks) -> None:
-    ranks.peers[2].fail(Failure(2, "ValueError", "no", "the traceback"))
+    ranks.peers[2].fail(Failure(2, wire.Failure("ValueError", "no", "the traceback")))
     for future in ranks.errors:
         error = future.result(5)
         assert isinstance(error, WorkerError)
@@ -89,3 +93,11 @@ def test_steps_are_passed_on_to_all_others(ranks: Ranks) -> None:
     for rank in (0, 2):
         assert ranks.news[rank].get(timeout=5) == Steps(1, {7: 1234})
     assert ranks.news[1].empty()
+
+
+def test_the_time_limits_are_looked_at_whatever_is_said(ranks: Ranks) -> None:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and not ranks.ticked.is_set():
+        for peers in ranks.peers:
+            peers.tell(Steps(peers.rank, {}))
+    assert ranks.ticked.is_set()

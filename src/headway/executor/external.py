@@ -18,7 +18,6 @@ import secrets
 import socket
 import threading
 import time
-import traceback
 import weakref
 import zlib
 from collections.abc import Callable
@@ -30,14 +29,17 @@ from typing import Any, NamedTuple
 import msgspec
 
 from headway.config import EngineConfig, machine_facts
-from headway.errors import ConfigError, EngineDead, EngineError, PeerLost, WorkerDied, WorkerError
-from headway.executor.peers import TICK_S, Failure, Peers, Result, Steps, join, own_address
+from headway.errors import ConfigError, EngineDead, EngineError, HeadwayError, PeerLost, WorkerDied
+from headway.executor.failure import failure_of
+from headway.executor.peers import Failure, Peers, Result, Steps, join, own_address
 from headway.executor.uni import Masks, UniExecutor, local_worker
 from headway.messages import RankGroup, StepPlan, StepResult, WorkerInfo
 
 _HISTORY = 64  # steps; ranks are at most a pipeline's depth apart
 
-_GRACE_S = 1.0  # for the cause of a PeerLost to come
+_GRACE_S = 1.0  # for the cause of a lost peer to come
+
+_LONG_S = 2.0  # a wait in which something may be wrong
 
 # What ranks may differ in: they agree on the least, or it is nobody else's concern.
 _OWN = {
@@ -58,11 +60,11 @@ _SETTINGS = {
 
 
 class _Wait(NamedTuple):
-    """For other ranks, or for a step: ``limit`` seconds at most, 0: any time."""
+    """For other ranks, or for a step: ``limit`` seconds at most, 0: any time; ``error`` is the end of it."""
 
     since: float
     limit: float
-    what: str
+    error: EngineError
 
 
 class ExternalExecutor:
@@ -77,7 +79,7 @@ class ExternalExecutor:
         self._config = config
         self._uni: UniExecutor | None = None
         self._peers: Peers | None = None
-        self._error: EngineError | None = None
+        self._error: HeadwayError | None = None
         self._lock = threading.Lock()
         self._waiting: dict[Future[Any], _Wait] = {}
         self._told: Steps | None = None
@@ -120,10 +122,11 @@ class ExternalExecutor:
         limit = self._config.parallel.step_timeout_s
         late = limit, f"no result of step {plan.step} within {limit:g} s (step_timeout_s)"
         if self._rank >= self._config.parallel.reporting_rank:
-            return self._settled(uni.submit(plan), *late)
+            return self._settled(self._begun(uni, plan), *late)
         result = self._settled(None, *late)
         self._awaited[plan.step] = result
-        uni.submit(plan).add_done_callback(partial(self._fail_if_failed, result))
+        if (inner := self._begun(uni, plan)) is not None:
+            inner.add_done_callback(partial(self._fail_if_failed, result))
         return result
 
     def mask(self, step: int, masks: Masks) -> None:
@@ -194,6 +197,15 @@ class ExternalExecutor:
             raise EngineDead("the executor is not running")
         return self._uni
 
+    def _begun(self, uni: UniExecutor, plan: StepPlan) -> Future[StepResult] | None:
+        """None after a step that has failed: its cause, which may be still to come, is this one's end too."""
+        try:
+            return uni.submit(plan)
+        except EngineDead as dead:
+            if self._peers is None or dead.__cause__ is None:
+                raise
+            return None
+
     def _check_starts(self, step: int) -> None:
         """Requests start: where callers differ, it shows here, before a step on which the ranks would not meet."""
         mine = b"%d %d" % (step, self._digest)
@@ -213,11 +225,12 @@ class ExternalExecutor:
         if self._peers is None:
             return [data]
         waiting: Future[Any] = Future()
-        self._waiting[waiting] = _Wait(time.monotonic(), limit, late)
+        with self._lock:
+            self._waiting[waiting] = self._wait(limit, late)
         try:
             return self._peers.exchange(data)
         finally:
-            self._waiting.pop(waiting, None)
+            self._takes(waiting)
 
     def _settled(self, inner: Future[Any] | None, limit: float, late: str) -> Future[Any]:
         """A future that ``inner`` settles, or the failure of another rank, or ``late``."""
@@ -227,30 +240,34 @@ class ExternalExecutor:
         with self._lock:
             if self._error is not None:
                 raise self._error
-            self._waiting[outer] = _Wait(time.monotonic(), limit, late)
+            self._waiting[outer] = self._wait(limit, late)
         if inner is not None:
             inner.add_done_callback(partial(self._settle, outer))
         return outer
 
+    def _wait(self, limit: float, late: str) -> _Wait:
+        return _Wait(time.monotonic(), limit, EngineError(f"rank {self._rank}: {late}"))
+
     def _settle(self, outer: Future[Any], inner: Future[Any]) -> None:
-        if self._fail_if_failed(outer, inner):
+        # Taken before others hear the result, who may fail at what comes next; told before the caller has it, who may
+        # close the engine.
+        if self._fail_if_failed(outer, inner) or not self._takes(outer):
             return
         result = inner.result()
-        if self._takes(outer):  # before others hear it, who may fail at what comes next
-            outer.set_result(result)
         if (
             self._peers is not None
             and self._config.parallel.reporting_rank == self._rank > 0
             and isinstance(result, StepResult)
         ):
             self._peers.tell(Result(result.step, msgspec.msgpack.encode(result)))
+        outer.set_result(result)
 
     def _fail_if_failed(self, outer: Future[Any], inner: Future[Any]) -> bool:
         error = inner.exception()
-        if isinstance(error, PeerLost):
+        if isinstance(error, (PeerLost, WorkerDied)):  # also of a rank that lives, but whose worker has ended
             with self._lock:
                 if outer in self._waiting:
-                    self._waiting[outer] = _Wait(time.monotonic(), _GRACE_S, str(error))
+                    self._waiting[outer] = _Wait(time.monotonic(), _GRACE_S, error)
         elif error is not None and self._takes(outer):
             self._tell(error)  # first: who hears of the error finds that the engine has ended
             outer.set_exception(error)
@@ -265,16 +282,12 @@ class ExternalExecutor:
         """Tells the other ranks why this one cannot go on."""
         if self._peers is None or self._error is not None or isinstance(error, EngineDead):
             return
-        failure = Failure(self._rank, type(error).__name__, str(error), "".join(traceback.format_exception(error)))
-        if isinstance(error, WorkerDied):
-            failure = Failure(error.rank, None)
-        elif isinstance(error, WorkerError):
-            failure = Failure(self._rank, error.kind, error.message, error.remote_traceback)
-        self._peers.fail(failure)
+        died = isinstance(error, WorkerDied)
+        self._peers.fail(Failure(error.rank, None) if died else Failure(self._rank, failure_of(error)))
 
     # The peers' thread ------------------------------------------------------------------------------------------------
 
-    def _fail_waiting(self, error: EngineError) -> None:
+    def _fail_waiting(self, error: HeadwayError) -> None:
         """Another rank cannot go on."""
         with self._lock:
             self._error = error
@@ -294,19 +307,23 @@ class ExternalExecutor:
         """Another rank waits long, and tells what it runs."""
         for step, digest in other.digests.items():
             if self._digests.get(step, digest) != digest:
-                assert self._peers is not None
-                self._peers.fail(Failure(self._rank, "EngineError", str(self._diverged(other.rank, step))))
+                self._tell(self._diverged(other.rank, step))
                 return
 
     def _tick(self) -> None:
-        now, waits = time.monotonic(), list(self._waiting.values())
-        if self._peers is None or all(now - wait.since < TICK_S for wait in waits):
+        with self._lock:
+            waits = list(self._waiting.values())
+        if self._peers is None or not waits:
             return
-        if self._peers.gone:
-            self._fail_waiting(EngineDead(f"rank {min(self._peers.gone)} has closed its engine"))
-        elif over := [wait for wait in waits if 0 < wait.limit <= now - wait.since]:
-            self._peers.fail(Failure(self._rank, "EngineError", f"rank {self._rank}: {over[0].what}"))
-        elif self._told != (news := Steps(self._rank, dict(self._digests))):
+        now, gone = time.monotonic(), self._peers.gone
+        over = [wait.error for wait in waits if 0 < wait.limit <= now - wait.since]
+        is_long = now - min(wait.since for wait in waits) >= _LONG_S
+        # Who has closed has finished its calls, and what it took part in ends here, too, soon or never.
+        if gone and (over or (is_long and now - min(gone.values()) >= _LONG_S)):
+            self._fail_waiting(EngineDead(f"rank {min(gone)} has closed its engine"))
+        elif over:
+            self._tell(over[0])
+        elif is_long and self._told != (news := Steps(self._rank, dict(self._digests))):
             self._told = news
             self._peers.tell(news)
 

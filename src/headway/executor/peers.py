@@ -4,12 +4,13 @@
     rank 2 ──┼── rank 0            the launcher's store
     rank 3 ──┘
 
-A thread reads; it sleeps while nobody says anything. Frames are a length and MessagePack.
+A thread reads, and looks at the time limits. Frames are a length and MessagePack.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import selectors
@@ -23,13 +24,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from headway.errors import EngineDead, EngineError, WorkerDied, WorkerError
+from headway.errors import EngineDead, EngineError, HeadwayError, WorkerDied
+from headway.executor.channel import wire
+from headway.executor.failure import error_of
 
 if TYPE_CHECKING:
     import torch.distributed
 
 JOIN_TIMEOUT_S = 300.0  # for all ranks to come to the same line of the script
-TICK_S = 2.0
+TICK_S = 0.25
 _LENGTH = struct.Struct("<I")
 
 
@@ -67,19 +70,13 @@ class Result(msgspec.Struct, tag=True, frozen=True):
 
 
 class Failure(msgspec.Struct, tag=True, frozen=True):
-    """Rank ``rank`` cannot go on; kind None: its process has ended; "EngineError": the message says all."""
+    """Rank ``rank`` cannot go on; cause None: its process has ended."""
 
     rank: int
-    kind: str | None
-    message: str = ""
-    traceback: str = ""
+    cause: wire.Failure | None
 
-    def error(self) -> EngineError:
-        if self.kind is None:
-            return WorkerDied(self.rank)
-        if self.kind == EngineError.__name__:
-            return EngineError(self.message)
-        return WorkerError(self.rank, self.kind, self.message, self.traceback)
+    def error(self) -> HeadwayError:
+        return WorkerDied(self.rank) if self.cause is None else error_of(self.rank, self.cause)
 
 
 class Bye(msgspec.Struct, tag=True, frozen=True):
@@ -104,18 +101,18 @@ class Peers:
         self._changed = threading.Condition()
         self._values: dict[int, dict[int, bytes]] = {}
         self._turn = 0
-        self._gone: set[int] = set()
-        self._error: EngineError | None = None
+        self._gone: dict[int, float] = {}
+        self._error: HeadwayError | None = None
         self._closed = False
         self._on_news: Callable[[Steps | Result], None] | None = None
-        self._on_error: Callable[[EngineError], None] | None = None
+        self._on_error: Callable[[HeadwayError], None] | None = None
         self._tick: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._read, name="headway-peers", daemon=True)
 
     def listen(
         self,
         on_news: Callable[[Steps | Result], None],
-        on_error: Callable[[EngineError], None],
+        on_error: Callable[[HeadwayError], None],
         tick: Callable[[], None],
     ) -> None:
         """Starts the thread, on which all three are called; on_error at most once."""
@@ -123,8 +120,8 @@ class Peers:
         self._thread.start()
 
     @property
-    def gone(self) -> set[int]:
-        """Ranks that have closed their engine."""
+    def gone(self) -> dict[int, float]:
+        """Ranks that have closed their engine, and when (time.monotonic)."""
         return self._gone
 
     def exchange(self, data: bytes) -> list[bytes]:
@@ -168,9 +165,9 @@ class Peers:
         with selectors.DefaultSelector() as selector:
             for rank, connection in self._connections.items():
                 selector.register(connection, selectors.EVENT_READ, rank)
-            while selector.get_map() and not self._closed:
-                ready = selector.select(TICK_S)
-                for key, _ in ready:
+            next_tick = time.monotonic() + TICK_S
+            while not self._closed:  # also without connections: what this rank waits for may never come
+                for key, _ in selector.select(max(0.0, next_tick - time.monotonic())):
                     rank: int = key.data
                     message = _receive(self._connections[rank])
                     if message is None:
@@ -178,7 +175,8 @@ class Peers:
                         self._lost(rank)
                     else:
                         self._take(rank, message)
-                if not ready and self._tick is not None:
+                if self._tick is not None and time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + TICK_S
                     self._tick()
         for connection in self._connections.values():
             connection.close()
@@ -201,7 +199,7 @@ class Peers:
             self._end(message.error())
         elif isinstance(message, Bye):
             with self._changed:
-                self._gone.add(message.rank)
+                self._gone[message.rank] = time.monotonic()
                 self._changed.notify_all()
 
     def _take_value(self, sender: int, value: Value) -> None:
@@ -227,7 +225,7 @@ class Peers:
     def _stopped(self) -> bool:
         return self._error is not None or bool(self._gone) or self._closed
 
-    def _end(self, error: EngineError) -> None:
+    def _end(self, error: HeadwayError) -> None:
         with self._changed:
             if self._error is not None or self._closed:
                 return
@@ -248,10 +246,8 @@ class Peers:
 
 def join(key: str, rank: int, size: int) -> Peers:
     """Finds the other ranks of ``key`` through the launcher's store. EngineError if they do not come."""
-    import torch.distributed as dist
-
     try:
-        store: dist.Store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT_S))))[0]
+        store = _store()
         key = f"{key}/{store.add(f'{key}/count/{rank}', 1)}"  # the script's first engine, its second, ...
         connections = _call(store, key, rank) if rank else _welcome(store, key, size)
     except (OSError, RuntimeError, ValueError) as error:
@@ -260,6 +256,14 @@ def join(key: str, rank: int, size: int) -> Peers:
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return Peers(rank, size, connections)
+
+
+@functools.cache
+def _store() -> torch.distributed.Store:
+    """The launcher's; where it has none rank 0 serves it, to the ranks of other engines too, as long as it lives."""
+    import torch.distributed as dist
+
+    return next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT_S))))[0]
 
 
 def own_address() -> str:
