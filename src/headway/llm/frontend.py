@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from headway.llm.defaults import default_sampling
 from headway.llm.processor import Processor
 from headway.llm.prompts import PromptInput
 from headway.llm.scoring import Scoring
+from headway.llm.tools import ToolParser
 from headway.messages import SamplingParams
 from headway.messages.worker import WorkerInfo
 from headway.models.describe import describe
@@ -114,6 +116,11 @@ class Client:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._frontend.tokenizer
+
+    @cached_property
+    def tools(self) -> ToolParser:
+        """Finds tool calls in what this model writes."""
+        return ToolParser("\n".join(self.tokenizer.chat_templates.values()))
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What holds where a caller passes none: the checkpoint's generation_config.json, else our own defaults."""

@@ -157,7 +157,7 @@ class EngineStage:
         data = entry.row.data
         ids, text, messages = (_plain(data.get(name)) for name in ("tokenized_prompt", "prompt", "messages"))
         if messages is not None and self._options.render:
-            template = {"continue_final_message": is_begun(messages), **self._options.template}
+            template = {"continue_final_message": is_begun(messages), **self._options.template, "tools": _tools(data)}
             return [self._llm.chat_prompt(messages, **template)]
         if text is not None and (ids is None or self._options.tokenize):
             return [PromptInput(text=text, add_special_tokens=messages is None)]  # a chat template has written them
@@ -218,14 +218,30 @@ class EngineStage:
         data["prompt_token_ids"] = output.prompt_token_ids
         data["num_input_tokens"] = usage["prompt_tokens"]
         data["num_cached_tokens"] = usage["cached_tokens"]
-        data |= _sample(first)
+        data |= self._sample(first, data)
         if output.prompt_logprobs is not None:
             data["prompt_logprobs"] = output.prompt_logprobs
         if len(output.outputs) > 1:
-            data["outputs"] = [_sample(sample) for sample in output.outputs]
+            data["outputs"] = [self._sample(sample, data) for sample in output.outputs]
         self.counts.prompt_tokens += usage["prompt_tokens"]
         self.counts.output_tokens += usage["completion_tokens"]
         self.counts.cached_tokens += usage["cached_tokens"]
+
+    def _sample(self, sample: Completion, data: dict[str, Any]) -> dict[str, Any]:
+        columns: dict[str, Any] = {
+            "generated_text": sample.text,
+            "generated_tokens": sample.token_ids,
+            "num_generated_tokens": len(sample.token_ids),
+            "finish_reason": sample.finish_reason,
+            "stop_reason": sample.stop_reason,
+        }
+        if sample.logprobs is not None:
+            columns["logprobs"] = sample.logprobs
+        if _tools(data):
+            content, calls = self._llm.tools.parse(sample.text)
+            if calls:
+                columns |= {"generated_text": content, "tool_calls": calls, "finish_reason": "tool_calls"}
+        return columns
 
     def _pooled(self, row: Row, output: PooledOutput) -> None:
         row.data["num_input_tokens"] = len(output.prompt_token_ids)
@@ -263,17 +279,8 @@ class EngineStage:
         self._admit()
 
 
-def _sample(sample: Completion) -> dict[str, Any]:
-    columns: dict[str, Any] = {
-        "generated_text": sample.text,
-        "generated_tokens": sample.token_ids,
-        "num_generated_tokens": len(sample.token_ids),
-        "finish_reason": sample.finish_reason,
-        "stop_reason": sample.stop_reason,
-    }
-    if sample.logprobs is not None:
-        columns["logprobs"] = sample.logprobs
-    return columns
+def _tools(data: dict[str, Any]) -> Any:
+    return _plain(data.get("tools")) or None
 
 
 def _plain(value: Any) -> Any:
