@@ -16,7 +16,8 @@ import msgspec
 import pytest
 
 from headway.bench.comparison import Comparison, Row
-from headway.bench.engine_process import EngineProcess, Job
+from headway.bench.engine_process import EngineProcess
+from headway.bench.executors import Job, OfflineEngine
 from headway.cli import main
 from headway.config import EngineArgs
 from headway.errors import ConfigError, EngineError
@@ -111,7 +112,7 @@ def test_a_list_that_makes_no_sense_is_refused(option: str, value: str, capsys) 
 
 
 def test_an_engine_that_dies_is_an_error_and_leaves_nothing(tiny: list[str]) -> None:
-    engine = EngineProcess(args(tiny))
+    engine = EngineProcess(OfflineEngine, args(tiny))
     try:
         engine.ready()
         assert engine.run(job()).tokens == 6
@@ -124,7 +125,7 @@ def test_an_engine_that_dies_is_an_error_and_leaves_nothing(tiny: list[str]) -> 
 
 
 def test_a_request_the_engine_refuses_is_its_error(tiny: list[str]) -> None:
-    engine = EngineProcess(args(tiny))
+    engine = EngineProcess(OfflineEngine, args(tiny))
     try:
         engine.ready()
         with pytest.raises(EngineError, match=r"RequestError: .*max_model_len"):

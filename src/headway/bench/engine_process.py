@@ -1,7 +1,7 @@
 """An engine in a process of its own, so that engines that are compared share nothing; idle unless it is asked to run.
 
-    parent ── stdin: EngineArgs, then Jobs ──> python -m headway.bench.engine_process FD
-           <── FD: Ready or Failed, then a Pass or Failed for each Job ──      (JSON, one message a line)
+    parent ── stdin: setup, then jobs ──> python -m headway.bench.engine_process FD module:Subject
+           <── FD: Ready or Failed, then a result or Failed for each job ──      (JSON, one message a line)
 
 The process ends when its stdin does: also in the middle of a run, and when its parent is killed.
 """
@@ -14,31 +14,46 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import asdict
+from importlib import import_module
 from queue import SimpleQueue
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Generic, TypeVar
 
 import msgspec
 
-from headway.bench.workload import Mode, Pass, random_prompts, run_pass
-from headway.config import EngineArgs
 from headway.errors import EngineError
 from headway.executor.mp import own_modules
 
 CLOSE_S = 20.0
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    mode: Mode
-    input_len: int
-    output_len: int
-    num_prompts: int
-    seed: int
+S = TypeVar("S")
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+class Subject(ABC, Generic[S, J, R]):
+    """What is measured, made in the process from its setup, which takes the start-up's time. types: S, J and R."""
+
+    types: ClassVar[tuple[Any, Any, Any]]
+
+    @abstractmethod
+    def __init__(self, setup: S) -> None: ...
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What runs; see report.engine_facts."""
+
+    @abstractmethod
+    def run(self, job: J) -> R: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """facts: see report.engine_facts."""
+    """facts: the subject's."""
 
     startup_s: float
     facts: dict[str, Any]
@@ -48,18 +63,23 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str
 
 
-_REPLY = msgspec.json.Decoder(Ready | Pass | Failed)
+class Result(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    value: msgspec.Raw
 
 
-class EngineProcess:
+_REPLY = msgspec.json.Decoder(Ready | Result | Failed)
+
+
+class EngineProcess(Generic[S, J, R]):
     """The parent's end."""
 
-    def __init__(self, args: EngineArgs) -> None:
+    def __init__(self, subject: type[Subject[S, J, R]], setup: S) -> None:
         """Starts it; ready() waits until it has loaded the model."""
+        self._result = msgspec.json.Decoder(subject.types[2])
         reader, writer = os.pipe()
         # A session of its own: the terminal's Ctrl-C reaches only the parent, which then ends this one.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "headway.bench.engine_process", str(writer)],
+            [sys.executable, "-m", "headway.bench.engine_process", str(writer), _path_of(subject)],
             stdin=subprocess.PIPE,
             pass_fds=[writer],
             env=own_modules(),
@@ -68,7 +88,7 @@ class EngineProcess:
         os.close(writer)
         self._replies = open(reader, "rb")  # noqa: SIM115 (close() closes it)
         self.pid = self._process.pid
-        self._send(args)
+        self._send(setup)
 
     def ready(self) -> Ready:
         """Raises EngineError with what the process has to say."""
@@ -76,12 +96,12 @@ class EngineProcess:
         assert isinstance(reply, Ready)
         return reply
 
-    def run(self, job: Job) -> Pass:
+    def run(self, job: J) -> R:
         """Raises EngineError."""
         self._send(job)
         reply = self._receive()
-        assert isinstance(reply, Pass)
-        return reply
+        assert isinstance(reply, Result)
+        return self._result.decode(reply.value)
 
     def close(self) -> None:
         """Idempotent; nothing of it is left."""
@@ -95,13 +115,13 @@ class EngineProcess:
             self._process.wait()
         self._replies.close()
 
-    def _send(self, message: EngineArgs | Job) -> None:
+    def _send(self, message: S | J) -> None:
         assert self._process.stdin
         with suppress(BrokenPipeError):  # its replies have ended too, which says more
             self._process.stdin.write(msgspec.json.encode(message) + b"\n")
             self._process.stdin.flush()
 
-    def _receive(self) -> Ready | Pass:
+    def _receive(self) -> Ready | Result:
         line = self._replies.readline()
         if not line:
             raise EngineError(f"the engine's process ended with exit code {self._process.wait()}")
@@ -111,9 +131,13 @@ class EngineProcess:
         return reply
 
 
+def _path_of(subject: type[Any]) -> str:
+    return f"{subject.__module__}:{subject.__qualname__}"
+
+
 class _Child:
-    def __init__(self, replies: IO[bytes]) -> None:
-        self._replies = replies
+    def __init__(self, replies: IO[bytes], subject: str) -> None:
+        self._replies, self._subject = replies, subject
         self._jobs: SimpleQueue[bytes | None] = SimpleQueue()
         self._busy = True
         threading.Thread(target=self._read, daemon=True).start()
@@ -122,16 +146,18 @@ class _Child:
         line = self._jobs.get()
         if line is None:
             return
-        from headway.bench.report import engine_facts
-        from headway.llm import LLM
-
         began = time.perf_counter()
-        with LLM(**asdict(msgspec.json.decode(line, type=EngineArgs))) as llm:
-            self._answer(Ready(startup_s=time.perf_counter() - began, facts=engine_facts(llm)))
+        module, _, name = self._subject.partition(":")
+        kind: type[Subject[Any, Any, Any]] = getattr(import_module(module), name)
+        setup_type, job_type, _ = kind.types
+        subject = kind(msgspec.json.decode(line, type=setup_type))
+        try:
+            self._answer(Ready(startup_s=time.perf_counter() - began, facts=subject.facts()))
             while (line := self._next()) is not None:
-                job = msgspec.json.decode(line, type=Job)
-                prompts = random_prompts(job.input_len, job.num_prompts, job.seed, llm.facts.vocab_size)
-                self._answer(run_pass(llm, job.mode, prompts, job.output_len))
+                result = subject.run(msgspec.json.decode(line, type=job_type))
+                self._answer(Result(value=msgspec.Raw(msgspec.json.encode(result))))
+        finally:
+            subject.close()
 
     def fail(self, error: Exception) -> None:
         self._answer(Failed(message=f"{type(error).__name__}: {' '.join(str(error).split())}"))
@@ -142,7 +168,7 @@ class _Child:
         self._busy = True
         return line
 
-    def _answer(self, reply: Ready | Pass | Failed) -> None:
+    def _answer(self, reply: Ready | Result | Failed) -> None:
         self._replies.write(msgspec.json.encode(reply) + b"\n")
         self._replies.flush()
 
@@ -160,7 +186,7 @@ def main() -> int:
     replies = open(int(sys.argv[1]), "wb")  # noqa: SIM115 (open as long as the process)
     os.set_inheritable(replies.fileno(), False)
     os.dup2(2, 1)  # what a library prints is for people
-    child = _Child(replies)
+    child = _Child(replies, sys.argv[2])
     try:
         child.serve()
     except (KeyboardInterrupt, BrokenPipeError):

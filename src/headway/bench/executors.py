@@ -6,7 +6,7 @@ import json
 import sys
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 
 from headway.bench.comparison import Comparison, Row
-from headway.bench.engine_process import EngineProcess, Job, Ready
+from headway.bench.engine_process import EngineProcess, Ready, Subject
 from headway.bench.options import ExecutorsOptions, words
-from headway.bench.report import check_file, versions
+from headway.bench.report import check_file, engine_facts, versions
 from headway.bench.throughput import WARM_UP_PROMPTS, for_mode
-from headway.bench.workload import Pass
+from headway.bench.workload import Mode, Pass, random_prompts, run_pass
 from headway.config import EngineArgs, machine_facts, resolve
 from headway.errors import ConfigError, EngineError
 from headway.models.describe import describe
@@ -35,7 +35,7 @@ def run(options: ExecutorsOptions, args: EngineArgs) -> int:
     if options.json is not None:
         Path(options.json).write_text(json.dumps(msgspec.to_builtins(comparison), indent=2) + "\n")
     if options.report is not None:
-        from headway.bench.html import page
+        from headway.bench.comparison_page import page
 
         Path(options.report).write_text(page(comparison), encoding="utf-8")
     return 0 if any(row.error is None for row in comparison.rows) else 1
@@ -102,13 +102,40 @@ def measure(options: ExecutorsOptions, args: EngineArgs) -> Comparison:
 _SIDE_BY_SIDE = {"bundle_per_worker": {"CPU": 0.1}}
 
 
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    mode: Mode
+    input_len: int
+    output_len: int
+    num_prompts: int
+    seed: int
+
+
+class OfflineEngine(Subject[EngineArgs, Job, Pass]):
+    types = (EngineArgs, Job, Pass)
+
+    def __init__(self, setup: EngineArgs) -> None:
+        from headway.llm import LLM
+
+        self._llm = LLM(**asdict(setup))
+
+    def facts(self) -> dict[str, Any]:
+        return engine_facts(self._llm)
+
+    def run(self, job: Job) -> Pass:
+        prompts = random_prompts(job.input_len, job.num_prompts, job.seed, self._llm.facts.vocab_size)
+        return run_pass(self._llm, job.mode, prompts, job.output_len)
+
+    def close(self) -> None:
+        self._llm.close()
+
+
 @dataclass(slots=True)
 class _Engine:
     """error: why it does not run, or no longer."""
 
     executor: str
     async_scheduling: bool
-    process: EngineProcess
+    process: EngineProcess[EngineArgs, Job, Pass]
     ready: Ready | None = None
     error: str | None = None
     passes: list[Pass] = field(default_factory=list[Pass])
@@ -128,7 +155,7 @@ class _Engine:
 
 def _start(stack: ExitStack, executor: str, overlap: bool, concurrency: int, args: EngineArgs) -> _Engine:
     args = replace(_for(executor, args), async_scheduling=overlap, max_num_seqs=concurrency)
-    engine = _Engine(executor, overlap, EngineProcess(args))
+    engine = _Engine(executor, overlap, EngineProcess(OfflineEngine, args))
     stack.callback(engine.process.close)
     _say(f"starting {engine.name}, concurrency {concurrency}")
     try:

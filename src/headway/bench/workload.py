@@ -30,7 +30,7 @@ def sampling(output_len: int) -> dict[str, Any]:
     return {"temperature": 0.0, "max_tokens": output_len, "ignore_eos": True}
 
 
-class Pass(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Pass(msgspec.Struct, frozen=True, kw_only=True):
     """What one pass took. tokens: generated ones. times: where its steps' time went."""
 
     elapsed_s: float
