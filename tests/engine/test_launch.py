@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -11,6 +14,9 @@ from headway.config import CacheConfig, Choice, EngineConfig, ModelConfig, Paral
 from headway.engine import launch
 from headway.engine.grammar import GrammarBackend
 from headway.errors import ConfigError
+from headway.executor import WorkerInfo
+from headway.executor.uni import UniExecutor
+from headway.messages import StepPlan
 
 
 def test_the_engine_says_where_its_steps_run_and_why() -> None:
@@ -43,3 +49,50 @@ def test_a_failed_start_leaves_nothing(executor: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError if executor == "absent" else ZeroDivisionError):
         launch(config, broken)
     assert (len(os.listdir("/proc/self/fd")), threading.active_count(), sys.getswitchinterval()) == before
+
+
+class Loads:
+    """A worker that is interrupted while it loads, and does not notice."""
+
+    begun, heard, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def __init__(self, config: EngineConfig) -> None:
+        pass
+
+    def load(self) -> WorkerInfo:
+        assert self.begun.wait(20)
+        while not self.heard.wait(0.05):  # a signal just before a wait begins does not end it
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert self.ended.wait(20)
+        raise ZeroDivisionError
+
+    def step(self, plan: StepPlan, masks: object) -> NoReturn:
+        raise AssertionError
+
+    def close(self) -> None:
+        pass
+
+
+class Impatient(UniExecutor):
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, Loads)
+
+    def begin(self) -> Future[WorkerInfo]:
+        future = super().begin()
+        Loads.begun.set()
+        return future
+
+    def close(self, timeout: float = 0.05) -> None:
+        Loads.heard.set()
+        super().close(timeout)
+
+
+def test_ctrl_c_while_the_model_loads_is_that() -> None:
+    config = EngineConfig(
+        model=ModelConfig(path="", served_model_name=""), parallel=ParallelConfig(executor=f"{__name__}:Impatient")
+    )
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(config)
+    finally:
+        Loads.ended.set()

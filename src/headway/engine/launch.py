@@ -26,8 +26,8 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
         if trace is not None:
             undo.callback(trace.close)
         executor = make_executor(config)
-        undo.callback(executor.close)
         info = executor.start()
+        undo.callback(executor.close)
         backend = None if grammar is None else grammar()
         config = _as_started(config, info)
         core = EngineCore(config, executor, _explained(info, config), backend, trace)

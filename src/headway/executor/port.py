@@ -18,7 +18,7 @@ class Executor(Protocol):
     """call() takes any object; elsewhere what MessagePack has."""
 
     def start(self) -> WorkerInfo:
-        """Loads the model; returns when the first plan can be submitted."""
+        """Loads the model; returns when the first plan can be submitted. One that raises has closed the executor."""
         ...
 
     def submit(self, plan: StepPlan) -> Future[StepResult]: ...
