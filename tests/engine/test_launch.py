@@ -6,7 +6,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import pytest
 
@@ -74,8 +74,11 @@ class Loads:
 
 
 class Impatient(UniExecutor):
+    made: ClassVar[list[UniExecutor]] = []  # one that is dropped waits for its thread
+
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, Loads)
+        self.made.append(self)
 
     def begin(self) -> Future[WorkerInfo]:
         future = super().begin()
@@ -96,3 +99,4 @@ def test_ctrl_c_while_the_model_loads_is_that() -> None:
             launch(config)
     finally:
         Loads.ended.set()
+        Impatient.made.clear()
