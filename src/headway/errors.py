@@ -6,6 +6,7 @@ HeadwayError
 │   ├── RequestError                   one request; costs the others nothing
 │   └── ModelError                     a checkpoint, architecture or tokenizer that cannot be used
 ├── MissingDependencyError (also an ImportError)
+├── RowFailed                          a row of a job that stops at the first that fails
 └── EngineError                        the engine failed; not the caller's doing
     ├── WorkerError                    an exception on a rank, with its remote traceback
     ├── WorkerDied                     a worker process ended
@@ -46,6 +47,10 @@ class ModelError(UserError):
 
 class MissingDependencyError(HeadwayError, ImportError):
     """An optional package is needed; the message says which extra installs it."""
+
+
+class RowFailed(HeadwayError):
+    """A row of a job that stops at the first that fails; the message names it."""
 
 
 class EngineError(HeadwayError):

@@ -1,0 +1,189 @@
+# pyright: reportUnknownParameterType=false
+"""Parquet and Arrow IPC, through pyarrow. Until a job is done its rows are Arrow streams, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headway.batch.sinks import ERROR_FIELDS, FileSink, Record, json_default
+from headway.errors import MissingDependencyError
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ImportError as missing:
+    raise MissingDependencyError("Parquet and Arrow files need pyarrow: pip install 'headway[arrow]'") from missing
+
+ERROR = pa.struct([(field, pa.string()) for field in ERROR_FIELDS])
+ROWS_A_GROUP, BYTES_A_GROUP = 1 << 16, 1 << 26
+
+_encoder = msgspec.json.Encoder(enc_hook=json_default)
+
+
+class Streams:
+    """Each encode() is a whole stream with a schema of its own. types: of columns whose type is known."""
+
+    def __init__(self, types: pa.Schema | None) -> None:
+        self._types = {field.name: field.type for field in types or ()} | {"error": ERROR}
+
+    def encode(self, records: list[Record]) -> bytes:
+        names = dict.fromkeys(name for record in records for name in record)
+        names["error"] = None
+        columns = {name: self._column(name, [record.get(name) for record in records]) for name in names}
+        batch = pa.RecordBatch.from_pydict(columns)
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_stream(buffer, batch.schema) as writer:
+            writer.write_batch(batch)
+        return buffer.getvalue().to_pybytes()
+
+    def decode(self, content: bytes) -> Iterator[Record]:
+        for batch in batches(pa.BufferReader(content)):
+            yield from batch.to_pylist()
+
+    def _column(self, name: str, values: list[Any]) -> pa.Array:
+        """Of the column's known type, else of the one its values have in common, else JSON as text."""
+        known = self._types.get(name)
+        if known is not None and _fits(values, known):
+            try:
+                return pa.array(values, known)
+            except (pa.ArrowException, TypeError, ValueError, OverflowError):
+                pass  # a stage has replaced the column
+        try:
+            return pa.array(values)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            return pa.array(map(as_text, values), pa.string())
+
+
+def _fits(values: list[Any], known: pa.DataType) -> bool:
+    """False if a struct would lose what has no field in the known type."""
+    if not (pa.types.is_struct(known) or pa.types.is_list(known) or pa.types.is_large_list(known)):
+        return True
+    try:
+        return merged([known, pa.infer_type(values)]) == known
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return True
+
+
+def as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else _encoder.encode(value).decode()
+
+
+def batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
+    """Of streams that follow each other, one in memory at a time."""
+    while source.tell() < source.size():
+        yield from pa.ipc.open_stream(source)
+
+
+def merged(types: list[pa.DataType]) -> pa.DataType:
+    """The type that holds values of all; text where there is none, or where a file cannot store it."""
+    try:
+        schemas = [pa.schema([("", one)]) for one in types]
+        found = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return pa.string()
+    return pa.string() if pa.types.is_null(found) or _has_empty_struct(found) else found
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not fields) or any(_has_empty_struct(field.type) for field in fields)
+
+
+class ArrowSink(FileSink):
+    """Columns passed through keep the input's types; ``error`` is a struct, null in answered rows."""
+
+    def __init__(self, path: Path, kind: str, types: pa.Schema | None) -> None:
+        super().__init__(path, Streams(types))
+        self._kind, self._types = kind, types
+
+    def _publish(self, partial: Path) -> None:
+        self._convert(partial)
+
+    def _write(self, partial: Path, target: Path) -> None:
+        with pa.memory_map(str(partial)) as rows:
+            schema = self._schema(rows)
+        with pa.memory_map(str(partial)) as rows, _writer(self._kind, target, schema) as writer:
+            for group in _groups(batches(rows), schema):
+                writer.write_table(group)
+
+    def _schema(self, rows: pa.NativeFile) -> pa.Schema:
+        """Of all the rows; of a file without rows, the input's."""
+        seen = dict.fromkeys(batch.schema for batch in batches(rows)) if rows.size() else {}
+        types: dict[str, list[pa.DataType]] = {}
+        for schema in seen or [self._types or ()]:
+            for field in schema:
+                types.setdefault(field.name, []).append(field.type)
+        types.pop("error", None)
+        found = [(name, self._stored(merged(each))) for name, each in types.items()]
+        return pa.schema([*found, ("error", ERROR)])
+
+    def _stored(self, kind: pa.DataType) -> pa.DataType:
+        """An Arrow file has one dictionary a column for all its batches, which here come one at a time."""
+        return kind.value_type if self._kind == "arrow" and pa.types.is_dictionary(kind) else kind
+
+    def published(self) -> Iterator[Record]:
+        for batch in stored_batches(self.path, self._kind):
+            yield from batch.to_pylist()
+
+
+def _writer(kind: str, target: Path, schema: pa.Schema) -> Any:
+    return pq.ParquetWriter(target, schema) if kind == "parquet" else pa.ipc.new_file(str(target), schema)
+
+
+def _groups(source: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Tables of a size that is good to read."""
+    held: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in source:
+        held.append(_with_schema(batch, schema))
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+        if rows >= ROWS_A_GROUP or size >= BYTES_A_GROUP:
+            yield pa.Table.from_batches(held)
+            held, rows, size = [], 0, 0
+    if held:
+        yield pa.Table.from_batches(held)
+
+
+def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    columns = [
+        _cast(batch.column(field.name), field.type)
+        if field.name in batch.schema.names
+        else pa.nulls(batch.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if column.type == kind:
+        return column
+    if pa.types.is_string(kind) and not pa.types.is_dictionary(column.type):
+        return pa.array(map(as_text, column.to_pylist()), kind)
+    return pa.array(column.to_pylist(), kind)
+
+
+def stored_batches(path: Path, kind: str, rows: int = 1024) -> Iterator[pa.RecordBatch]:
+    """Of a Parquet or Arrow IPC file, in order, a few rows in memory at a time."""
+    if kind == "parquet":
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=rows)
+        return
+    with pa.memory_map(str(path)) as source:
+        file = pa.ipc.open_file(source)
+        for i in range(file.num_record_batches):
+            batch = file.get_batch(i)
+            yield from (batch.slice(at, rows) for at in range(0, batch.num_rows, rows))
+
+
+def stored_schema(path: Path, kind: str) -> tuple[pa.Schema, int]:
+    """And the number of rows."""
+    if kind == "parquet":
+        with pq.ParquetFile(path) as file:
+            return file.schema_arrow, file.metadata.num_rows
+    with pa.memory_map(str(path)) as source:
+        file = pa.ipc.open_file(source)
+        return file.schema, sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
