@@ -123,16 +123,16 @@ def test_ranks_on_two_nodes_give_the_tokens_of_ranks_on_one(ranks: dict[str, int
 
 
 @pytest.mark.parametrize(
-    ("number", "error", "message"),
+    ("number", "step_timeout_s", "error", "message"),
     [
-        (signal.SIGKILL, WorkerDied, "rank 1 ended"),
-        (signal.SIGSTOP, EngineError, r"within 1(\.0)? s \(step_timeout_s\)"),
+        (signal.SIGKILL, 60.0, WorkerDied, "rank 1 ended"),
+        (signal.SIGSTOP, 1.0, EngineError, r"within 1(\.0)? s \(step_timeout_s\)"),
     ],
 )
 def test_callers_learn_what_became_of_a_rank_while_requests_run(
-    number: signal.Signals, error: type[EngineError], message: str
+    number: signal.Signals, step_timeout_s: float, error: type[EngineError], message: str
 ) -> None:
-    settings = {"max_model_len": 512, "max_num_seqs": 4, "threads": 1, "step_timeout_s": 1.0}
+    settings = {"max_model_len": 512, "max_num_seqs": 4, "threads": 1, "step_timeout_s": step_timeout_s}
     placement = {"bundles": [HERE, HERE]}
     began = 0.0
     with LLM(

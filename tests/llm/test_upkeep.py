@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ def test_updates_take_no_more_memory(checkpoints: Any, settings: Any) -> None:
         for turn in range(6):
             llm.update_weights(str(checkpoints[turn % 2]))
         assert resident(pid) - before < llm.executor_info.weights_bytes // 2
+
+
+def test_an_update_lets_go_of_every_tensor(checkpoints: Any, settings: Any) -> None:
+    arrays: list[Callable[[], object]] = []
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in pairs(checkpoints[1]):
+            array = tensor.numpy().copy()
+            arrays.append(weakref.ref(array))
+            yield name, torch.from_numpy(array)
+        assert [alive() is None for alive in arrays[:-1]] == [True] * (len(arrays) - 1)
+
+    with LLM(str(checkpoints[0]), **settings) as llm:
+        llm.update_weights(watched())
 
 
 def test_weights_that_do_not_fit_are_refused_and_so_are_requests_until_others_do(

@@ -46,7 +46,7 @@ class Upkeep:
         elif self._executor.in_process:
             coming = iter(weights)
             first = list(islice(coming, 1))  # an iterable that fails at once leaves the weights as they are
-            self._replace(chain(first, coming))
+            self._replace(chain((first.pop() for _ in range(len(first))), coming))  # and is not held on to
         else:
             with tempfile.TemporaryDirectory(prefix="headway-") as folder:
                 self._replace(_save(weights, Path(folder)))

@@ -225,9 +225,9 @@ class Mail:
 
     def _wait_for_room(self, seen: int, deadline: float | None) -> None:
         self.take()
-        self.check()
         if self._closing:
-            raise EngineDead("the executor was closed")
+            self.fail(EngineDead("the executor was closed"))
+        self.check()
         if deadline is not None and time.monotonic() >= deadline:
             self.stalled("a plan was not read", f"{self.step_timeout} s (step_timeout_s)")
             self.check()
