@@ -145,14 +145,12 @@ class EngineCore:
                     self._trace_other_ranks()
 
     def _trace_other_ranks(self) -> None:
-        """Their steps, which they have kept; not of an executor whose call() reaches this rank alone."""
-        if self._trace is None or self.config.parallel.ranks == 1:
+        """Their steps, which they have kept; call() of an executor in this process reaches this rank alone."""
+        if self._trace is None or self._executor.in_process:
             return
-        recorded = self._executor.call("recorded_steps", timeout=5.0)
-        if len(recorded) == self.config.parallel.ranks:
-            for rank, steps in enumerate(recorded):
-                if rank != self._clock.rank:
-                    self._trace.rank_steps(rank, steps)
+        for rank, steps in enumerate(self._executor.call("recorded_steps", timeout=5.0)):
+            if rank != self._clock.rank:
+                self._trace.rank_steps(rank, steps)
 
     def _fill(self) -> None:
         clock = self._clock

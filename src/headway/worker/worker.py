@@ -45,7 +45,9 @@ class Worker:
         self._comm: SharedComm | GlooComm | None = None
         self._links: Links | None = None
         self._memory: WorkerMemory | None = None
-        self._records = config.trace is not None and rank != config.parallel.reporting_rank
+        parallel = config.parallel
+        asked = config.trace is not None and parallel.executor != "external_launcher"  # whose engines see one rank each
+        self._records = asked and rank != parallel.reporting_rank
         self._recorded: deque[tuple[int, dict[str, int]]] = deque(maxlen=_MOST_RECORDED)
 
     def load(self) -> WorkerInfo:
