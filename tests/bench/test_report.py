@@ -72,3 +72,9 @@ def test_memory_is_that_of_all_processes_where_they_are_here() -> None:
         other.kill()
     assert alone is not None and both is not None and both > alone
     assert peak_rss_mb(worker_info(executor="ray")) is None
+
+
+def test_memory_of_a_process_that_has_ended_is_not_known() -> None:
+    with subprocess.Popen(["true"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert peak_rss_mb(worker_info(pids=[ended.pid])) is None

@@ -39,6 +39,8 @@ def peak_rss_mb(info: WorkerInfo) -> float | None:
 
 def _peak_rss_kib(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
+    if "VmHWM:" not in status:
+        raise ProcessLookupError(f"process {pid} has ended")  # and nobody has waited for it yet
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
