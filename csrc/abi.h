@@ -43,13 +43,16 @@ struct Runs {
 
 enum OpCode : int32_t {
   OP_EMBED = 0, OP_NORM = 1, OP_LINEAR = 2, OP_ROTARY_KV = 3, OP_ATTENTION = 4, OP_HEAD = 5, OP_GATHER = 6,
-  OP_ALL_REDUCE = 7  // X = or += (mode: LIN_SET, LIN_ADD) the sum of the ranks' PARTs
+  OP_ALL_REDUCE = 7,  // X = or += (mode: LIN_SET, LIN_ADD) the sum of the ranks' PARTs
+  OP_MEET = 8         // what ranks wrote into ALL_QKV is there
 };
 // X and SAMPLED_X are float32, the others in the compute dtype. After a gather, the rows that want a token go on alone in
 // the SAMPLED buffers. PART is float32: what this rank adds to the residual stream, in memory that the ranks share.
+// Ranks with half a key/value head each have equal parts of the projections: MY_QKV are this rank's columns of ALL_QKV,
+// which they share; QKV are the heads that it attends to; MY_ATTN its columns of ATTN.
 enum Buffer : int32_t {
   BUF_X = 0, BUF_H = 1, BUF_QKV = 2, BUF_ATTN = 3, BUF_ACT = 4, BUF_SAMPLED_X = 5, BUF_SAMPLED_ATTN = 6, BUF_PART = 7,
-  BUF_COUNT = 8
+  BUF_ALL_QKV = 8, BUF_MY_QKV = 9, BUF_MY_ATTN = 10, BUF_COUNT = 11
 };
 enum LinearMode : int32_t { LIN_STORE = 0, LIN_ADD = 1, LIN_GATED = 2, LIN_SET = 3 };  // ADD and SET write float32 X
 enum NormKind : int32_t { NORM_NONE = 0, NORM_RMS = 1, NORM_LAYER = 2 };
@@ -65,7 +68,9 @@ struct Op {
   const float* bias;       // NORM; ROTARY_KV: k_norm
   int64_t width;           // NORM, EMBED: elements in a row
   int64_t position_offset;
-  int64_t first, count;    // EMBED: the tokens that this rank has rows of; those of others are zeros
+  // EMBED: the tokens that this rank has rows of; those of others are zeros.
+  // ROTARY_KV from ALL_QKV: this rank's first key/value head, and how many there are.
+  int64_t first, count;
   float eps, pad2;
 };
 

@@ -80,6 +80,18 @@ INLINE void gather_rows(Team& team, const Program& p, const Op& op, const StepPl
   });
 }
 
+// A token's heads that this rank attends to, from those of all.
+template <class D>
+INLINE void take_heads(const Program& p, const Op& op, int64_t t, typename D::Element* to) {
+  typedef typename D::Element E;
+  const int64_t d = p.kv.head_dim, group = p.num_heads / p.kv.kv_heads, kv = p.kv.kv_heads * d;
+  const E* all = (const E*)p.buffers[BUF_ALL_QKV] + t * p.strides[BUF_ALL_QKV];
+  const E* keys = all + (op.count * group + op.first) * d;
+  memcpy(to, all + op.first * group * d, kv * group * sizeof(E));
+  memcpy(to + kv * group, keys, kv * sizeof(E));
+  memcpy(to + kv * (group + 1), keys + op.count * d, kv * sizeof(E));
+}
+
 template <class D>
 void rotary_kv(Team& team, const Program& p, const Batch& b, const Step& s, const Op& op, const StepPlan& plan) {
   typedef typename D::Element E;
@@ -97,6 +109,7 @@ void rotary_kv(Team& team, const Program& p, const Batch& b, const Step& s, cons
       for (int64_t t = first; t < plan.start[run + 1] && (t == first || plan.positions[t] % size); t++) {
         E* q = (E*)p.buffers[BUF_QKV] + t * p.strides[BUF_QKV];
         E *k = q + h * d, *v = k + g * d;
+        if (op.src == BUF_ALL_QKV) take_heads<D>(p, op, t, q);
         const int64_t position = plan.positions[t];
         if (op.weight) for (int64_t j = 0; j < h; j++) norm_head<D>(q + j * d, d, op.weight, op.eps);
         if (op.bias) for (int64_t j = 0; j < g; j++) norm_head<D>(k + j * d, d, op.bias, op.eps);
@@ -231,6 +244,7 @@ void walk(Team team, const Program& p, const Batch& b, const Step& s, const Step
                      p.strides[BUF_QKV], p.buffers[BUF_ATTN], p.strides[BUF_ATTN], p.attention_scale, p.window);
         break;
       case OP_HEAD: head_rows<D>(team, p, op, s, best, exchange); break;
+      case OP_MEET: publish(*p.group, exchange), wait_for_ranks(*p.group, exchange++); break;
       case OP_ALL_REDUCE: all_reduce(team, p, op, rows, exchange++); break;
     }
     team.sync();

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headway.models.spec import Shard
+from headway.models.spec import DecoderSpec, Shard
 
 Make = Callable[..., Any]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -46,6 +47,10 @@ def test_tensor_parallel_ranks_agree_with_one(
     name: str, ranks: int, checkpoint: Make, load: Make, paged: Make, prompts: list[list[int]]
 ) -> None:
     _, path = checkpoint(name)
+    assert_ranks_agree_with_one(path, ranks, load, paged, prompts)
+
+
+def assert_ranks_agree_with_one(path: Path, ranks: int, load: Make, paged: Make, prompts: list[list[int]]) -> None:
     counts = {seq: len(tokens) for seq, tokens in enumerate(prompts)}
     board: list[Any] = [None] * ranks
     barrier = threading.Barrier(ranks)
@@ -60,6 +65,20 @@ def test_tensor_parallel_ranks_agree_with_one(
     for logits in found:
         for seq in counts:
             torch.testing.assert_close(logits[seq], whole[seq], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "changes"),
+    [
+        ("opt", 2, {"hidden_size": 96, "num_attention_heads": 3}),
+        ("qwen3", 4, {"num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 16}),
+    ],
+)
+def test_ranks_that_own_half_a_head_agree_with_one(
+    name: str, ranks: int, changes: dict[str, int], checkpoint: Make, load: Make, paged: Make, prompts: list[list[int]]
+) -> None:
+    _, path = checkpoint(name, **changes)
+    assert_ranks_agree_with_one(path, ranks, load, paged, prompts)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt-350m", "gpt2"])
@@ -112,6 +131,31 @@ def test_every_query_head_and_column_is_on_one_rank(num_kv_heads: int, group: in
         heads, kv_heads = shard.heads(num_heads, num_kv_heads), shard.kv_heads(num_kv_heads)
         assert {h // group for h in heads} == set(kv_heads)
         assert len(heads) % len(kv_heads) == 0
+
+
+@given(pairs=st.integers(1, 3), odd=st.integers(1, 5), group=st.integers(1, 8), head_dim=st.sampled_from([32, 64, 96]))
+def test_half_a_head_makes_shares_equal(pairs: int, odd: int, group: int, head_dim: int) -> None:
+    ranks, num_kv_heads = 2 * pairs, pairs * (2 * odd + 1)
+    spec = DecoderSpec(
+        vocab_size=1,
+        hidden_size=1,
+        num_layers=1,
+        num_heads=num_kv_heads * group,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=1,
+    )
+    columns, inputs = (num_kv_heads * (group + 2)) * head_dim, num_kv_heads * group * head_dim
+    shards = [Shard(tensor_rank=rank, tensor_size=ranks) for rank in range(ranks)]
+    assert [c for s in shards for c in s.qkv_columns(spec)] == list(range(columns))
+    for shard in shards:
+        mine, heads = shard.width(inputs), shard.attended_heads(spec)
+        assert shard.halves_heads(spec)
+        assert len(mine) * ranks == inputs
+        assert abs(len(shard.qkv_columns(spec)) - columns / ranks) <= 32
+        assert len(shard.cached_heads(spec)) == -(-num_kv_heads // ranks)
+        assert {column // head_dim for column in mine} <= set(heads)
+        assert {h // group for h in heads} == set(shard.cached_heads(spec))
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])

@@ -29,6 +29,12 @@ MIXED = [
     SamplingParams(temperature=0.8, top_p=0.9, logprobs=3, prompt_logprobs=2),
     SamplingParams(temperature=0, repetition_penalty=1.3, logprobs=2),
 ]
+# Two ranks own one and a half of their key/value heads each.
+HALVED = {
+    "gpt2": {"n_embd": 96, "n_head": 3},
+    "opt-350m": {"hidden_size": 96, "num_attention_heads": 3},
+    "qwen3": {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16},
+}
 ROUNDING = 0.3  # of log probabilities
 
 
@@ -46,9 +52,9 @@ def alone(config: EngineConfig, params: list[SamplingParams], num_tokens: int) -
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", PAGED)
-def test_every_family_generates_what_one_rank_does(name: str, two: Ranks, tmp_path: Path) -> None:
-    path = make_checkpoint(name, "ForCausalLM", tmp_path, **PAGED[name])[1]
+@pytest.mark.parametrize(("name", "changes"), [*PAGED.items(), *HALVED.items()])
+def test_every_family_generates_what_one_rank_does(name: str, changes: Any, two: Ranks, tmp_path: Path) -> None:
+    path = make_checkpoint(name, "ForCausalLM", tmp_path, **changes)[1]
     program = engine_config(path, ops="cpu", enforce_eager=False)
     expected = alone(program, GREEDY, 12)
     assert two.load(program) == [True, True]
@@ -76,7 +82,7 @@ def test_samples_and_log_probabilities_are_one_ranks_too(eager: bool, two: Ranks
 @needs_kernels
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}])
 def test_rounded_weights_give_nearly_the_same_logits(changes: Any, two: Ranks, tmp_path: Path) -> None:
-    path = make_checkpoint("gpt2", "ForCausalLM", tmp_path, **PAGED["gpt2"])[1]
+    path = make_checkpoint("gpt2", "ForCausalLM", tmp_path, **HALVED["gpt2"])[1]
     config = engine_config(path, ops="cpu", enforce_eager=False, **changes)
     params = [SamplingParams(temperature=0, logprobs=100)] * len(PROMPTS)
     expected = alone(config, params, 1)[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from headway.models.layers import EmbeddingTable
-from headway.ops.program import Buffer, LinearMode, NormKind
+from headway.ops.program import Buffer, LinearMode, NormKind, SharedHeads
 
 if TYPE_CHECKING:
     from headway.models.decoder import Decoder
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int, max_runs: int) -> Any:
     """The step of every family of DecoderSpec, or a pipeline stage of it. max_tokens, max_runs: the most it holds."""
     spec = model.spec
+    if model.halves_heads:
+        columns, inputs = model.shard.qkv_columns(spec), model.o_inputs
+        builder.share_heads(SharedHeads(model.kv_heads.start, spec.num_kv_heads, columns.start, inputs.start))
     if model.embed is not None:
         embedding = model.embed.weight if isinstance(model.embed, EmbeddingTable) else model.embed
         builder.embed(embedding, model.shard.width(spec.vocab_size))
@@ -50,7 +53,7 @@ def compile_decoder(model: Decoder, builder: ProgramBuilder, *, max_tokens: int,
     if model.head is not None:
         _head(model, builder, model.head)
     return builder.finish(
-        num_heads=model.num_heads,
+        num_heads=len(model.heads),
         cos_sin=model.cos_sin,
         scale=model.scale,
         window=spec.sliding_window,

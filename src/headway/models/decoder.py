@@ -48,8 +48,8 @@ class Decoder:
         self.pooling_spec = pooling_spec
         self.max_positions = spec.max_positions
         self.vocab_size, self.num_labels = spec.vocab_size, spec.num_labels
-        self.num_heads = len(shard.heads(spec.num_heads, spec.num_kv_heads))
-        self.num_kv_heads = len(shard.kv_heads(spec.num_kv_heads))
+        self.heads, self.kv_heads = shard.attended_heads(spec), shard.cached_heads(spec)
+        self.halves_heads = shard.halves_heads(spec)
         self.scale = spec.head_dim**-0.5
         self.layers = weights.layers
         self.embed, self.positions, self.project_in = weights.embed, weights.positions, weights.project_in
@@ -61,7 +61,7 @@ class Decoder:
 
     def allocate_kv(self, num_blocks: int, block_size: int) -> KVCache:
         return self.ops.allocate_kv(
-            len(self.layers), num_blocks, block_size, self.num_kv_heads, self.spec.head_dim, self.dtype
+            len(self.layers), num_blocks, block_size, len(self.kv_heads), self.spec.head_dim, self.dtype
         )
 
     def forward(self, token_ids_T: Tensor, meta: AttentionMetadata, kv: KVCache) -> Tensor:
@@ -130,10 +130,9 @@ class Decoder:
         return rows
 
     def _attention(self, index: int, layer: DecoderLayer, h_TK: Tensor, meta: AttentionMetadata, kv: KVCache) -> Tensor:
-        """[T, H * D], before the output projection."""
-        dim, heads, kv_heads = self.spec.head_dim, self.num_heads, self.num_kv_heads
-        qkv = self.ops.linear(h_TK, layer.qkv).unflatten(-1, (heads + 2 * kv_heads, dim))
-        q_THD, k_TGD, v_TGD = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        """[T, H * D], or what this rank's output projection takes of it."""
+        dim, heads, kv_heads = self.spec.head_dim, len(self.heads), len(self.kv_heads)
+        q_THD, k_TGD, v_TGD = self._qkv(layer, h_TK)
         if layer.q_norm is not None and layer.k_norm is not None:
             q_THD = layer.q_norm(self.ops, q_THD.reshape(-1, dim), self.dtype).view(-1, heads, dim)
             k_TGD = layer.k_norm(self.ops, k_TGD.reshape(-1, dim), self.dtype).view(-1, kv_heads, dim)
@@ -141,7 +140,30 @@ class Decoder:
             self.ops.rotary_(q_THD, k_TGD, meta.positions, self.cos_sin)
         self.ops.write_kv(kv, index, k_TGD, v_TGD, meta.slot_mapping)
         window = self.spec.sliding_window
-        return self.ops.attention(kv, index, q_THD, meta, scale=self.scale, window=window).flatten(1)
+        attended = self.ops.attention(kv, index, q_THD, meta, scale=self.scale, window=window).flatten(1)
+        return attended[:, self.o_inputs] if self.halves_heads else attended
+
+    @property
+    def o_inputs(self) -> slice:
+        """Where heads are halved: what this rank's output projection takes of the heads that it attends to."""
+        first = self.heads.start * self.spec.head_dim
+        mine = self.shard.width(self.spec.num_heads * self.spec.head_dim)
+        return slice(mine.start - first, mine.stop - first)
+
+    def _qkv(self, layer: DecoderLayer, h_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the heads that this rank attends to."""
+        spec, mine_TN = self.spec, self.ops.linear(h_TK, layer.qkv)
+        if self.comm is None or not self.halves_heads:
+            sizes = (len(self.heads), len(self.kv_heads), len(self.kv_heads))
+            q, k, v = mine_TN.unflatten(-1, (-1, spec.head_dim)).split(sizes, dim=1)
+            return q, k, v
+        sizes, columns = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), self.shard.qkv_columns(spec)
+        all_TN = torch.zeros(len(h_TK), sum(sizes) * spec.head_dim, device=h_TK.device)
+        all_TN[:, columns.start : columns.stop] = mine_TN
+        self.comm.all_reduce(all_TN)
+        q, k, v = all_TN.to(self.dtype).unflatten(-1, (-1, spec.head_dim)).split(sizes, dim=1)
+        cached = slice(self.kv_heads.start, self.kv_heads.stop)
+        return q[:, self.heads.start : self.heads.stop], k[:, cached], v[:, cached]
 
     def _mlp(self, layer: DecoderLayer, h_TK: Tensor) -> Tensor:
         """[T, intermediate], before the output projection."""

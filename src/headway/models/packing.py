@@ -157,17 +157,24 @@ class DecoderPacker(Packer):
 
     def _layer(self, index: int) -> DecoderLayer:
         spec, shard = self.spec, self.shard
-        q_rows = head_rows(shard.heads(spec.num_heads, spec.num_kv_heads), spec.head_dim)
-        kv_rows = head_rows(shard.kv_heads(spec.num_kv_heads), spec.head_dim)
         attention, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        if shard.halves_heads(spec):
+            columns, o_rows = shard.qkv_columns(spec), rows_of(shard.width(attention))
+            q_rows, k_rows, v_rows = (
+                slice(max(columns.start - first, 0), max(columns.stop - first, 0))
+                for first in (0, attention, attention + keys)
+            )
+        else:
+            q_rows = o_rows = head_rows(shard.attended_heads(spec), spec.head_dim)
+            k_rows = v_rows = head_rows(shard.cached_heads(spec), spec.head_dim)
         middle, part = spec.intermediate_size, rows_of(shard.width(spec.intermediate_size))
-        qkv = [(attention, q_rows), (keys, kv_rows), (keys, kv_rows)]
+        qkv = [(attention, q_rows), (keys, k_rows), (keys, v_rows)]
         return DecoderLayer(
             attn_norm=self._norm(self._part(index, "attn_norm")[0]),
             qkv=self._merged(index, "qkv", qkv, bias=spec.qkv_bias),
             q_norm=self._head_norm(index, "q_norm"),
             k_norm=self._head_norm(index, "k_norm"),
-            o=self._inward(index, "o", attention, q_rows, bias=spec.o_bias),
+            o=self._inward(index, "o", attention, o_rows, bias=spec.o_bias),
             mlp_norm=self._norm(self._part(index, "mlp_norm")[0]),
             gate_up=self._merged(index, "gate_up", [(middle, part)] * 2, bias=spec.mlp_bias) if spec.gated else None,
             up=None if spec.gated else self._merged(index, "up", [(middle, part)], bias=spec.mlp_bias),

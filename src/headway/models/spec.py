@@ -134,9 +134,9 @@ class Shard:
         bounds = self.bounds(total)
         return range(bounds[self.tensor_rank], bounds[self.tensor_rank + 1])
 
-    def bounds(self, total: int) -> list[int]:
+    def bounds(self, total: int, unit: int = 16) -> list[int]:
         """Where each tensor rank's part begins, and ``total``."""
-        unit = 16 if total >= 16 * self.tensor_size else 1
+        unit = unit if total >= unit * self.tensor_size else 1
         return [total // unit * rank // self.tensor_size * unit for rank in range(self.tensor_size)] + [total]
 
     def kv_heads(self, num_kv_heads: int) -> range:
@@ -145,6 +145,36 @@ class Shard:
             return _part(num_kv_heads, self.tensor_rank, self.tensor_size)
         head = self.tensor_rank * num_kv_heads // self.tensor_size
         return range(head, head + 1)
+
+    def halves_heads(self, spec: DecoderSpec) -> bool:
+        """Whether a decoder's rank owns some key/value heads and half of one, as of 3 on 2 ranks.
+
+        The ranks then have equal parts of the projections, columns of qkv and inputs of o, whose halves of a group of
+        heads are whole vectors. Both owners of a head cache it and attend to it.
+        """
+        whole = spec.num_kv_heads < self.tensor_size or spec.num_kv_heads % self.tensor_size == 0
+        group_size = spec.num_heads // spec.num_kv_heads * spec.head_dim
+        return not whole and 2 * spec.num_kv_heads % self.tensor_size == 0 and group_size % 32 == 0
+
+    def cached_heads(self, spec: DecoderSpec) -> range:
+        """The key/value heads that a decoder's rank caches."""
+        if not self.halves_heads(spec):
+            return self.kv_heads(spec.num_kv_heads)
+        start = self.tensor_rank * spec.num_kv_heads
+        return range(start // self.tensor_size, -(-(start + spec.num_kv_heads) // self.tensor_size))
+
+    def attended_heads(self, spec: DecoderSpec) -> range:
+        """The query heads of those."""
+        if not self.halves_heads(spec):
+            return self.heads(spec.num_heads, spec.num_kv_heads)
+        group, cached = spec.num_heads // spec.num_kv_heads, self.cached_heads(spec)
+        return range(cached.start * group, cached.stop * group)
+
+    def qkv_columns(self, spec: DecoderSpec) -> range:
+        """Where heads are halved: its columns of all queries, keys and values, in whole panels of packed weights."""
+        total = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        bounds = self.bounds(total, unit=32)
+        return range(bounds[self.tensor_rank], bounds[self.tensor_rank + 1])
 
     def heads(self, num_heads: int, num_kv_heads: int) -> range:
         """The query heads of this tensor rank, all of its key/value heads; ranks that share one divide its queries."""

@@ -6,6 +6,7 @@ dtype. See headway.models.compile for the one description there is.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +45,20 @@ class NormKind(IntEnum):
     LAYER = 2
 
 
+@dataclass(frozen=True, slots=True)
+class SharedHeads:
+    """Of a rank whose linears to QKV give only some columns of its heads, and other ranks' heads too.
+
+    It attends to key/value heads from kv_head on, of num_kv_heads. Its linears give columns from qkv_column on of all
+    heads' QKV, and take those from attn_column on of its own ATTN.
+    """
+
+    kv_head: int
+    num_kv_heads: int
+    qkv_column: int
+    attn_column: int
+
+
 class ProgramBuilder(Protocol):
     """Takes the operations of a step in order; widths are in elements."""
 
@@ -74,6 +89,10 @@ class ProgramBuilder(Protocol):
     def linear(
         self, src: Buffer, dst: Buffer, weight: PackedLinear, mode: LinearMode, activation: Activation | None = None
     ) -> None: ...
+
+    def share_heads(self, shared: SharedHeads) -> None:
+        """Comes first, where ranks share heads."""
+        ...
 
     def rotary_kv(self, layer: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:
         """Norms and rotates queries and keys of QKV, and writes keys and values to the cache."""

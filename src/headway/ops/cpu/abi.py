@@ -11,8 +11,8 @@ from pathlib import Path
 
 F32, BF16, INT8, F16 = 0, 1, 2, 3
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
-OP_EMBED, OP_NORM, OP_LINEAR, OP_ROTARY_KV, OP_ATTENTION, OP_HEAD, OP_GATHER, OP_ALL_REDUCE = range(8)
-SAMPLED_X, SAMPLED_ATTN, PART, BUFFERS = 5, 6, 7, 8
+OP_EMBED, OP_NORM, OP_LINEAR, OP_ROTARY_KV, OP_ATTENTION, OP_HEAD, OP_GATHER, OP_ALL_REDUCE, OP_MEET = range(9)
+SAMPLED_X, SAMPLED_ATTN, PART, ALL_QKV, MY_QKV, MY_ATTN, BUFFERS = 5, 6, 7, 8, 9, 10, 11
 SAMPLED, NORM_KEEP = 1, 2
 
 _i32, _i64, _f32, _ptr = C.c_int32, C.c_int64, C.c_float, C.c_void_p

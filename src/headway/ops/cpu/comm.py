@@ -62,11 +62,14 @@ class SharedComm:
         if self._kernels.all_reduce(ctypes.byref(self.struct), x.data_ptr(), x.numel(), self._threads):
             raise self.lost()
 
-    def reserve(self, part_bytes: int) -> None:
-        """Room for what a step exchanges at once; equal on all ranks, and before anything was exchanged."""
+    def reserve(self, part_bytes: int, common_bytes: int) -> int:
+        """Room for what a step exchanges at once; equal on all ranks, and before anything was exchanged.
+
+        Returns the address of common_bytes that every rank may write into.
+        """
         assert self.struct.exchanges == 0
         self.struct.part_bytes = -(-max(part_bytes, _PART_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._map()
+        return self._map(common_bytes)
 
     def lost(self) -> WorkerDied:
         """The error of an exchange that another rank did not live to see."""
@@ -84,10 +87,11 @@ class SharedComm:
         self._memory = -1
         self._pidfd[:] = -1
 
-    def _map(self) -> None:
+    def _map(self, common_bytes: int = 0) -> int:
         length = self.struct.first_part + 2 * self.struct.size * self.struct.part_bytes
-        self._mapping = map_region(self._memory, self._region, length)
+        self._mapping = map_region(self._memory, self._region, length + common_bytes)
         self.struct.memory = np.frombuffer(self._mapping, np.uint8).ctypes.data
+        return self.struct.memory + length
 
     def _meet(self) -> None:
         rank = self.struct.rank

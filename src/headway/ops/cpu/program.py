@@ -17,7 +17,7 @@ from torch import Tensor
 from headway.ops.cpu import abi
 from headway.ops.cpu.linear import CODE, CpuLinear
 from headway.ops.cpu.memory import Arena
-from headway.ops.program import Buffer, LinearMode, NormKind
+from headway.ops.program import Buffer, LinearMode, NormKind, SharedHeads
 
 if TYPE_CHECKING:
     from headway.ops.cpu.comm import SharedComm
@@ -39,6 +39,8 @@ class CpuProgramBuilder:
         self._widths = [0] * abi.BUFFERS
         self._vocab_start = torch.zeros(1, dtype=torch.int64)  # without a head
         self._sampled: dict[int, int] = {}  # where a buffer's rows went that want a token
+        self._shared: SharedHeads | None = None
+        self._mine: dict[int, int] = {}  # the columns of a buffer that linears have, where ranks share heads
 
     def embed(self, source: CpuLinear | Tensor, tokens: range) -> None:
         tied = isinstance(source, CpuLinear)
@@ -70,28 +72,38 @@ class CpuProgramBuilder:
         op.weight, op.bias = self._tensor(weight), self._tensor(bias)
         self._widen(Buffer.H, width)
 
+    def share_heads(self, shared: SharedHeads) -> None:
+        self._shared, self._mine = shared, {Buffer.QKV: abi.MY_QKV, Buffer.ATTN: abi.MY_ATTN}
+
     def linear(
         self, src: Buffer, dst: Buffer, weight: CpuLinear, mode: LinearMode, activation: Activation | None = None
     ) -> None:
         shared = mode == LinearMode.ADD and self._comm is not None
-        to, how = (abi.PART, LinearMode.SET) if shared else (dst, mode)
-        op = self._op(abi.OP_LINEAR, src=src, dst=to, mode=how, act=abi.ACTIVATIONS[activation])
+        to, how = (abi.PART, LinearMode.SET) if shared else (self._mine.get(dst, dst), mode)
+        source = self._mine.get(src, src)
+        op = self._op(abi.OP_LINEAR, src=source, dst=to, mode=how, act=abi.ACTIVATIONS[activation])
         op.linear = self._linear(weight)
         self._widen(dst, weight.struct.panels * (16 if weight.gated else 32))
+        self._widen(source, weight.in_features)
+        if to == abi.MY_QKV:
+            self._op(abi.OP_MEET)
         if shared:
             self._all_reduce(LinearMode.ADD, weight.out_features)
 
     def rotary_kv(self, layer: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float) -> None:
-        op = self._op(abi.OP_ROTARY_KV, layer=layer, eps=eps)
+        op = self._op(abi.OP_ROTARY_KV, src=Buffer.QKV, layer=layer, eps=eps)
+        if self._shared:
+            op.src, op.first, op.count = abi.ALL_QKV, self._shared.kv_head, self._shared.num_kv_heads
         op.weight, op.bias = self._tensor(q_norm), self._tensor(k_norm)
 
     def attention(self, layer: int) -> None:
         self._op(abi.OP_ATTENTION, layer=layer)
 
     def keep_sampled_rows(self) -> None:
-        for buffer, sampled in ((Buffer.X, abi.SAMPLED_X), (Buffer.ATTN, abi.SAMPLED_ATTN)):
+        attended = self._mine.get(Buffer.ATTN, Buffer.ATTN)
+        for buffer, sampled in ((Buffer.X, abi.SAMPLED_X), (attended, abi.SAMPLED_ATTN)):
             self._op(abi.OP_GATHER, src=buffer, dst=sampled)
-        self._sampled = {Buffer.X: abi.SAMPLED_X, Buffer.ATTN: abi.SAMPLED_ATTN}
+        self._sampled = {Buffer.X: abi.SAMPLED_X, attended: abi.SAMPLED_ATTN, Buffer.ATTN: abi.SAMPLED_ATTN}
 
     def head(self, src: Buffer, weight: CpuLinear, first_columns: list[int]) -> None:
         self._op(abi.OP_HEAD, src=src).linear = self._linear(weight)
@@ -108,9 +120,13 @@ class CpuProgramBuilder:
         max_tokens: int,
         max_runs: int,
     ) -> CpuProgram:
-        self._widen(Buffer.ATTN, num_heads * self._kv.layout.head_dim)
+        kv_heads, head_dim = self._kv.layout.kv_heads, self._kv.layout.head_dim
+        self._widen(Buffer.ATTN, num_heads * head_dim)
+        self._widen(Buffer.QKV, (num_heads + 2 * kv_heads) * head_dim)
+        if self._shared:
+            self._widen(abi.ALL_QKV, (num_heads // kv_heads + 2) * self._shared.num_kv_heads * head_dim)
         for buffer, sampled in self._sampled.items():
-            self._widths[sampled] = self._widths[buffer]
+            self._widen(sampled, self._widths[buffer])
         self._widths[abi.PART] = self._widths[Buffer.X]
         self._keep.append(self._kv)
         for op in self._ops:
@@ -121,11 +137,18 @@ class CpuProgramBuilder:
         types = [torch.float32 if i in wide else dtype for i in range(abi.BUFFERS)]
         strides = [_stride(w, t.itemsize) for w, t in zip(self._widths, types, strict=True)]
         buffers = [self._arena.take(max_tokens * s, t) for s, t in zip(strides[: abi.PART], types, strict=False)]
+        addresses = [b.data_ptr() for b in buffers] + [0] * (abi.BUFFERS - abi.PART)
         vocab = int(self._vocab_start[-1])
         logits = torch.empty(max_runs, -(-vocab // 32) * 32)
         if self._comm is not None:
             best = -(-max_runs * 8 // 64) * 64
-            self._comm.reserve(max(max_tokens * strides[abi.PART] * 4, best + logits.nbytes))
+            part_bytes = max(max_tokens * strides[abi.PART] * 4, best + logits.nbytes)
+            common = self._comm.reserve(part_bytes, max_tokens * strides[abi.ALL_QKV] * dtype.itemsize)
+            if self._shared:
+                addresses[abi.ALL_QKV] = common
+                addresses[abi.MY_QKV] = common + self._shared.qkv_column * dtype.itemsize
+                addresses[abi.MY_ATTN] = addresses[Buffer.ATTN] + self._shared.attn_column * dtype.itemsize
+                strides[abi.MY_QKV], strides[abi.MY_ATTN] = strides[abi.ALL_QKV], strides[Buffer.ATTN]
         scratch = torch.zeros(8 * (max_tokens + max_runs) + 64, dtype=torch.int32)
         program = abi.Program(
             ops=ops,
@@ -138,7 +161,7 @@ class CpuProgramBuilder:
             window=window or 0,
             dtype=CODE[dtype],
             threads=self._threads,
-            buffers=(ctypes.c_void_p * abi.BUFFERS)(*(b.data_ptr() for b in buffers), None),
+            buffers=(ctypes.c_void_p * abi.BUFFERS)(*addresses),
             strides=(ctypes.c_int64 * abi.BUFFERS)(*strides),
             logits=logits.data_ptr(),
             logits_stride=logits.shape[1],
