@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from headway.errors import ConfigError, EngineError
 from headway.llm import AsyncLLM
+
+T = TypeVar("T")
 
 
 class _Engine:
@@ -22,6 +25,7 @@ class _Engine:
         self.settings = settings
         self.leases = 0
         self._llm: AsyncLLM | None = None
+        self._elsewhere: Any = None
         self._lock = threading.Lock()
 
     def get(self, broken: AsyncLLM | None) -> AsyncLLM:
@@ -32,9 +36,17 @@ class _Engine:
                 self._llm = AsyncLLM(**self.settings)
             return self._llm
 
+    def elsewhere(self, make: Callable[[], T]) -> T:
+        with self._lock:
+            if self._elsewhere is None:
+                self._elsewhere = make()
+            return self._elsewhere
+
     def close(self) -> None:
         with self._lock:
             self._end()
+            if self._elsewhere is not None:
+                self._elsewhere.close()
 
     def _end(self) -> None:
         llm, self._llm = self._llm, None
@@ -66,6 +78,10 @@ class Lease:
     async def open(self, broken: AsyncLLM | None = None) -> AsyncLLM:
         """The engine, which is started if there is none. broken: the one that failed, which is to be replaced."""
         return await asyncio.to_thread(self._engine.get, broken)
+
+    def elsewhere(self, make: Callable[[], T]) -> T:
+        """What stands for this engine in other processes; made once for all leases, closed with the last one."""
+        return self._engine.elsewhere(make)
 
 
 def _give_back(engine: _Engine, shared: str | None) -> None:

@@ -1,0 +1,88 @@
+# pyright: reportUnknownParameterType=false
+"""What the actors of Ray Data do: an operator's stages, on the rows of every block that comes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from headway.batch.ray.admission import Makes, opened
+from headway.batch.ray.blocks import pack, rows_of, table_of
+from headway.batch.ray.settle import settle_in
+from headway.batch.row import Row
+from headway.batch.specs import FunctionSpec
+from headway.errors import RowFailed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """specs: of the stages. last: of the processor's operators. continues: a row that fails stays among the others."""
+
+    specs: Sequence[Makes]
+    last: bool
+    continues: bool
+    own_threads: bool = False
+    """OMP_NUM_THREADS is the user's, not Ray's."""
+
+    def finish(self, rows: list[Row], block: pa.Table) -> pa.Table:
+        """Raises RowFailed."""
+        failed = None if self.continues else next((row for row in rows if row.error is not None), None)
+        if failed is not None:
+            raise RowFailed(_account(failed))
+        return table_of(rows, block, errors=self.continues) if self.last else pack(rows)
+
+
+class FunctionWorker:
+    """Stages that are functions, each called with the rows of one batch."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._functions = [spec.load() for spec in work.specs if isinstance(spec, FunctionSpec)]
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        rows = rows_of(block)
+        for function in self._functions:
+            function([row for row in rows if row.error is None])
+        return self._work.finish(rows, block)
+
+
+class FlowWorker:
+    """One flow on a loop of its own: Ray's own stands still while Ray is not ready for results."""
+
+    def __init__(self, work: Work) -> None:
+        if not work.own_threads:
+            settle_in()
+        self._work = work
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="headway-flow", daemon=True).start()
+        self._flow, self._admission = self._submit(opened(work.specs)).result()
+
+    async def __call__(self, block: pa.Table) -> pa.Table:
+        rows = rows_of(block)
+        await asyncio.wrap_future(self._submit(self._admission.answer(rows)))
+        return self._work.finish(rows, block)
+
+    def __del__(self) -> None:
+        """Ray Data lets go of a worker when its dataset is done, but kills it after an error."""
+        if hasattr(self, "_flow"):
+            self._submit(self._flow.close()).result()
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+def _account(row: Row) -> str:
+    assert row.error is not None
+    columns = repr(row.source)
+    shown = columns if len(columns) <= 200 else columns[:199] + "…"
+    return (
+        f"{row.error.stage}: {row.error.type}: {row.error.message} (should_continue_on_error is off; the row: {shown})"
+    )
