@@ -69,6 +69,26 @@ class ExecutorsOptions:
                 raise ConfigError(name, getattr(self, name), "must be numbers from 1, with commas between them")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessorOptions:
+    """mode is words between commas: see MODES of processor_modes."""
+
+    mode: str = setting("engine", text="how the job is done; several, with commas between them, take turns")
+    num_prompts: int = setting(1000, text="rows a repeat", low=1)
+    input_len: int = setting(64, text="tokens a prompt", low=1)
+    max_tokens: int = setting(64, text="tokens an answer, exactly", low=1)
+    batch_size: int = setting(32, text="rows that a worker on Ray is given at a time", low=1)
+    concurrency: int = setting(1, text="workers on Ray, each with an engine of its own where none is shared", low=1)
+    num_blocks: int | None = setting(text="blocks of the dataset on Ray (default: as Ray chooses)", low=1)
+    repeats: int = setting(3, text="times the job is done in each mode, in turn; medians are reported", low=1)
+    seed: int = setting(0, text="of the random prompts, which are others in each repeat", low=0)
+    json: str | None = setting(text="write the results to this file")
+    report: str | None = setting(text="write a page with tables and plots to this file")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def words(text: str) -> list[str]:
     """Between commas, each once."""
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))

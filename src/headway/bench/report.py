@@ -37,6 +37,17 @@ def peak_rss_mb(info: WorkerInfo) -> float | None:
         return None
 
 
+def tree_peak_rss_mb() -> float | None:
+    """As peak_rss_mb, of this process and all that it started and that still run."""
+    pids, children = [os.getpid()], "/proc/{0}/task/{0}/children"
+    try:
+        for pid in pids:  # which grows meanwhile
+            pids += map(int, Path(children.format(pid)).read_text().split())
+        return round(sum(map(_peak_rss_kib, pids)) * 1024 / 1e6, 1)
+    except OSError:
+        return None
+
+
 def _peak_rss_kib(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     if "VmHWM:" not in status:

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from headway.batch.options import BatchOptions
-from headway.bench.options import ExecutorsOptions, LatencyOptions, ThroughputOptions
+from headway.bench.options import ExecutorsOptions, LatencyOptions, ProcessorOptions, ThroughputOptions
 from headway.cli.options import Parser, add_options, build
 from headway.config.args import EngineArgs, check_fields, setting
 
@@ -109,6 +109,13 @@ COMMANDS = (
         run="headway.bench.executors:run",
         options=ExecutorsOptions,
         skip=("seed", "async_scheduling", "distributed_executor_backend", "max_num_seqs", "trace"),
+    ),
+    Command(
+        words="bench processor",
+        text="Compare ways to do a batch job, in alternating repeats.",
+        run="headway.bench.processor:run",
+        options=ProcessorOptions,
+        skip=("seed", "trace"),
     ),
     Command(words="version", text="Print the version.", run="headway.cli.version:run", engine=False),
 )
