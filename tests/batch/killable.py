@@ -55,7 +55,8 @@ class Shuffled:
         for row in answered:
             if failing(row.source["id"]) and not self._mended:
                 row.fail(ValueError("the seventh"), self.name)
-            row.data.update(answer=f"to {row.data['text']}", num_generated_tokens=2)
+            row.data.update(answer=f"to {row.data['text']}")
+            row.output_tokens = 2
         write(self._computed, "".join(f"{row.source['id']}\n" for row in answered).encode())
         if answered:
             done(answered)

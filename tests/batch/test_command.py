@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import os
@@ -12,18 +11,12 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from headway import AsyncLLM
-from headway.batch.rows import Row
-from headway.batch.runner import WINDOWS_AHEAD, BatchRun, Tally
-from headway.batch.writer import OrderedWriter
 from headway.cli import main
-from headway.messages import SamplingParams
 
 ENGINE = ["--model", "smollm2-135m-instruct", "--kv-cache-memory-bytes", "200000000", "--max-model-len", "512"]
 Records = list[dict[str, Any]]
@@ -33,8 +26,12 @@ def batch(tmp_path: Path, text: str | bytes, *options: str) -> tuple[int, Record
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(text if isinstance(text, bytes) else text.encode())
     status = main(["batch", str(source), "-o", str(target), *ENGINE, *options])
-    assert not target.with_name("out.jsonl.partial").exists()
-    return status, [json.loads(line) for line in target.read_text().splitlines()]
+    assert {path.name for path in tmp_path.iterdir()} <= {"in.jsonl", "out.jsonl", "out.jsonl.ledger", "failed.jsonl"}
+    return status, records_of(target)
+
+
+def records_of(path: Path) -> Records:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_rows_are_answered_in_order_and_bad_ones_say_why(tmp_path: Path, capsys) -> None:
@@ -44,24 +41,27 @@ def test_rows_are_answered_in_order_and_bad_ones_say_why(tmp_path: Path, capsys)
         b'{"id": 3, "messages": [{"role": "user", "content": "What is 2+2?"}], "tag": {"kept": [1, 2]}}',
         b"",
         b'{"id": 4, "prompt": "x", "sampling_params": {"temperature": "hot"}}',
-        b'{"id": 5, "prompt": [504, 3575, 282], "sampling_params": {"n": 2, "temperature": 1.0, "max_tokens": 3}}',
+        b'{"id": 5, "tokenized_prompt": [504, 3575], "sampling_params": {"n": 2, "temperature": 1.0, "max_tokens": 3}}',
         json.dumps({"id": 6, "prompt": "word " * 600}).encode(),
     ]
-    status, records = batch(tmp_path, b"\n".join(rows), "--max-tokens", "12")
+    errors = tmp_path / "failed.jsonl"
+    status, records = batch(tmp_path, b"\n".join(rows), "--max-tokens", "12", "--errors", str(errors))
     assert status == 0
     assert [r.get("id") for r in records] == [1, None, 3, 4, 5, 6]
     paris, broken, sums, hot, several, long = records
-    assert "Paris" in paris["response"]["text"]
-    assert paris["response"]["finish_reason"] == "length"
-    assert paris["response"]["usage"]["completion_tokens"] == 4
-    assert broken["line"] == 2
-    assert broken["error"].startswith("line 2: not JSON")
+    assert "Paris" in paris["generated_text"]
+    assert (paris["finish_reason"], paris["num_generated_tokens"]) == ("length", 4)
+    assert broken == {"error": {"type": "InvalidRow", "message": broken["error"]["message"], "stage": "read"}}
+    assert broken["error"]["message"].startswith("line 2: not JSON")
     assert sums["tag"] == {"kept": [1, 2]}
-    assert sums["response"]["finish_reason"] == "stop"
-    assert hot["error"].startswith("line 5: sampling_params.temperature='hot'")
-    assert len(several["response"]["samples"]) == 2
-    assert "512" in long["error"]
-    assert "line 7" in long["error"]
+    assert sums["finish_reason"] == "stop"
+    assert hot["error"]["type"] == "RequestError"
+    assert hot["error"]["message"].startswith("sampling_params.temperature='hot'")
+    assert hot["error"]["stage"] == "engine"
+    assert {*hot} == {"id", "prompt", "sampling_params", "error"}
+    assert len(several["outputs"]) == 2
+    assert "512" in long["error"]["message"]
+    assert records_of(errors) == [broken, hot, long]
     said = capsys.readouterr()
     assert said.out == ""
     summary, first_error = said.err.splitlines()  # no bar where there is no terminal
@@ -78,7 +78,15 @@ def test_an_empty_file_gives_an_empty_file(tmp_path: Path) -> None:
 def test_status_1_if_every_row_failed(tmp_path: Path) -> None:
     status, records = batch(tmp_path, "{}\nnope\n")
     assert status == 1
-    assert [r["line"] for r in records] == [1, 2]
+    assert [r["error"]["stage"] for r in records] == ["engine", "read"]
+
+
+def test_the_job_ends_at_a_row_that_fails_if_it_is_to(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": 5}\n{"prompt": "b"}\n')
+    words = ["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *ENGINE, "--max-tokens", "2"]
+    assert main([*words, "--stop-on-error"]) == 1
+    assert "headway: line 2: prompt=" in capsys.readouterr().err
+    assert len(records_of(tmp_path / "out.jsonl.partial")) == 1
 
 
 @pytest.mark.parametrize(
@@ -99,11 +107,23 @@ def test_files_are_checked_before_a_model_is_loaded(
     assert message in capsys.readouterr().err
 
 
-def test_sampling_that_no_row_can_use_is_refused_before_a_model_is_loaded(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-p", "2"], "top_p=2.0: must be above 0.0 and at most 1.0"),
+        (["--sampling", '{"max_token": 2}'], "sampling_params.max_token=2: unknown; did you mean max_tokens?"),
+        (["--prompt-template", "Summarise"], "prompt_template='Summarise': must have the names of columns in braces"),
+        (["--prompt-template", "{a", "--errors", "x"], "prompt_template='{a': must have columns in braces"),
+        (["--prompt-template", "{a}", "--message-template", "{a}"], "cannot be given beside prompt_template"),
+        (["--resume", "-o", "-"], "what went through a pipe cannot be continued"),
+    ],
+)
+def test_options_are_checked_before_a_model_is_loaded(options: list[str], message: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     words = ["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out"), "--model", "no-such-model"]
-    assert main([*words, "--top-p", "2"]) == 2
-    assert capsys.readouterr().err == "headway: top_p=2.0: must be above 0.0 and at most 1.0\n"
+    assert main([*words, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_a_model_that_is_not_there_leaves_nothing_behind(tmp_path: Path, capsys) -> None:
@@ -113,64 +133,49 @@ def test_a_model_that_is_not_there_leaves_nothing_behind(tmp_path: Path, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
+def test_a_job_that_was_interrupted_is_finished_by_the_same_command(tmp_path: Path, capsys) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(json.dumps({"prompt": f"{i}, {i + 1},"}) + "\n" for i in range(5000)))
-    command = [sys.executable, "-m", "headway", "batch", str(source), "-o", str(target), *ENGINE]
-    process = subprocess.Popen(
-        [*command, "--max-tokens", "8", "--max-num-seqs", "4"], stderr=subprocess.PIPE, text=True
-    )
+    source.write_text("".join(json.dumps({"id": i, "prompt": f"{i}, {i + 1},"}) + "\n" for i in range(300)))
+    options = ["-o", str(target), *ENGINE, "--max-tokens", "4", "--max-num-seqs", "4", "--flush-interval-s", "0.05"]
+    words = ["batch", str(source), *options, "--resume"]
+    process = subprocess.Popen([sys.executable, "-m", "headway", *words], stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "out.jsonl.partial"
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size):
-        time.sleep(0.05)
+        time.sleep(0.02)
     for _ in range(3):  # an impatient one
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+        time.sleep(0.05)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in said
-    kept = [json.loads(line) for line in partial.read_text().splitlines()]
-    assert f"{len(kept)} answered rows are kept in {partial}" in said
-    assert kept[0]["prompt"] == "0, 1,"
+    assert f"answered rows are kept in {partial}; --resume goes on" in said
     assert not target.exists()
+    assert main(["batch", str(source), *options, "--resume", "--sampling", '{"n": 2}']) == 2  # another job
+    assert "without resume it starts over" in capsys.readouterr().err
+    assert main(words) == 0
+    assert [record["id"] for record in records_of(target)] == list(range(300))
+    assert capsys.readouterr().err.startswith("300 rows answered, 0 failed: ")
+    assert main(words) == 0
+    assert capsys.readouterr().err == "300 rows answered, 0 failed: the job was complete\n"
 
 
 def test_rows_flow_through_a_pipe_and_nothing_else_does(tmp_path: Path) -> None:
+    """A row is answered before the next one is there."""
     command = [sys.executable, "-m", "headway", "batch", "-", "-o", "-", *ENGINE, "--max-tokens", "2"]
-    given = b'{"prompt": "a", "response": 5, "error": "of an earlier job"}\n{"prompt": "b"}\n'
-    done = subprocess.run(command, input=given, capture_output=True, check=True, cwd=tmp_path)
-    records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [sorted(r) for r in records] == [["prompt", "response"]] * 2
-    assert records[0]["response"]["usage"]["completion_tokens"] == 2
-    assert done.stderr.startswith(b"2 rows answered")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+        assert process.stdin and process.stdout and process.stderr
+        answers: Records = []
+        for row in ({"prompt": "a", "error": "of an earlier job"}, {"prompt": "b"}):
+            process.stdin.write(json.dumps(row).encode() + b"\n")
+            process.stdin.flush()
+            answers.append(json.loads(process.stdout.readline()))
+        process.stdin.close()
+        assert process.stdout.read() == b""
+        assert process.stderr.read().startswith(b"2 rows answered")
+    assert [(answer["num_generated_tokens"], "error" in answer) for answer in answers] == [(2, False)] * 2
     assert list(tmp_path.iterdir()) == []
-
-
-async def test_rows_are_admitted_one_by_one_and_reading_stays_bounded(tmp_path: Path) -> None:
-    """A slow first row holds back the output, the rows after it go on, and only so many of them are read."""
-    read = 0
-
-    def rows(count: int) -> Iterator[Row]:
-        nonlocal read
-        for i in range(count):
-            read += 1
-            params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=200 if i == 0 else 1)
-            yield Row(line=i + 1, fields={"i": i}, params=params, prompt="a")
-
-    ahead: list[int] = []
-    engine = {"max_num_seqs": 2, "kv_cache_memory_bytes": 200_000_000, "max_model_len": 512}
-    async with AsyncLLM("smollm2-135m-instruct", **engine) as llm:
-        with OrderedWriter(tmp_path / "out") as writer:
-
-            def note(tally: Tally) -> None:
-                ahead.append(read - writer.next_index)
-
-            tally = await BatchRun(llm, writer, note).run(rows(200))
-    window = 4
-    assert tally.rows == 200
-    assert window < max(ahead) <= (WINDOWS_AHEAD + 1) * window
-    assert [json.loads(line)["i"] for line in (tmp_path / "out").read_text().splitlines()] == list(range(200))
 
 
 def test_a_progress_bar_is_shown_on_a_terminal(tmp_path: Path) -> None:
@@ -187,26 +192,35 @@ def test_a_progress_bar_is_shown_on_a_terminal(tmp_path: Path) -> None:
     assert "3 rows answered" in shown
 
 
-def test_an_answer_is_what_generate_gives(tmp_path: Path) -> None:
-    from headway import LLM
+def test_prompts_are_made_from_columns(tmp_path: Path) -> None:
+    """And an answer is what generate() gives."""
+    from headway import LLM, SamplingParams
 
-    _, (record,) = batch(tmp_path, '{"prompt": "Water boils at"}\n', "--max-tokens", "8")
+    (tmp_path / "in.csv").write_text("what,missing\nWater,\n")
+    options = ["--prompt-template", "{what} boils at", "--sampling", '{"max_tokens": 8}', *ENGINE]
+    assert main(["batch", str(tmp_path / "in.csv"), "-o", str(tmp_path / "out.jsonl"), *options]) == 0
+    (record,) = records_of(tmp_path / "out.jsonl")
+    assert (record["what"], record["prompt"]) == ("Water", "Water boils at")
     with LLM("smollm2-135m-instruct", kv_cache_memory_bytes=200_000_000, max_model_len=512) as llm:
         (out,) = llm.generate("Water boils at", SamplingParams(temperature=0, max_tokens=8))
-    assert record["response"]["text"] == out.outputs[0].text
+    assert record["generated_text"] == out.outputs[0].text
+    options[1] = "{absent} boils at"
+    assert main(["batch", str(tmp_path / "in.csv"), "-o", str(tmp_path / "out.jsonl"), *options]) == 1
+    (record,) = records_of(tmp_path / "out.jsonl")
+    assert record["error"]["message"].endswith("the row has no column 'absent'")
 
 
-def test_running_out_of_loop_is_not_swallowed(tmp_path: Path) -> None:
-    """An engine that ends takes the job with it."""
+def test_texts_are_embedded_from_and_into_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    async def run() -> None:
-        llm = AsyncLLM("smollm2-135m-instruct", kv_cache_memory_bytes=200_000_000, max_model_len=512)
-        llm.close()
-        row = Row(line=1, fields={}, params=SamplingParams(), prompt="a")
-        with OrderedWriter(tmp_path / "out") as writer:
-            await BatchRun(llm, writer, lambda tally: None).run(iter([row]))
-
-    from headway.errors import EngineDead
-
-    with pytest.raises(EngineDead):
-        asyncio.run(run())
+    texts = pa.array(["one", "two", None], pa.large_string())
+    pq.write_table(pa.table({"id": pa.array([1, 2, 3], pa.int16()), "prompt": texts}), tmp_path / "in.parquet")
+    words = ["batch", str(tmp_path / "in.parquet"), "-o", str(tmp_path / "out.parquet"), "--task", "embed"]
+    assert main([*words, "--model", "all-minilm-l6-v2"]) == 0
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table.schema.field("id").type == pa.int16()
+    assert table.schema.field("prompt").type == pa.large_string()
+    assert table.schema.field("embeddings").type == pa.list_(pa.float32())
+    assert [len(one or []) for one in table["embeddings"].to_pylist()] == [384, 384, 0]
+    assert [error and error["stage"] for error in table["error"].to_pylist()] == [None, None, "engine"]

@@ -2,106 +2,98 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
 import sys
-import time
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
-from tqdm import tqdm
-
+from headway.batch import job
+from headway.batch.config import EngineProcessorConfig
+from headway.batch.flow import Flow
+from headway.batch.job import Job, JobOptions, Summary
 from headway.batch.options import BatchOptions
-from headway.batch.rows import count_lines, read_rows, sampling_params
-from headway.batch.runner import BatchRun, Tally
-from headway.batch.writer import OrderedWriter
+from headway.batch.params import sampling_params
+from headway.batch.processor import build_processor
+from headway.batch.stages.engine import EngineStage
+from headway.batch.template import PromptTemplate
 from headway.config import EngineArgs
-from headway.errors import ConfigError
-from headway.llm import AsyncLLM
 
 
 def run(options: BatchOptions, args: EngineArgs) -> int:
-    """Exit status 0, or 1 if no row could be answered. An interrupt keeps what is done.
+    """Exit status 0, or 1 if no row could be answered. What ends the job early keeps what is done.
 
     Only rows go to the standard output, if they are to go there: the rest is for people.
     """
-    began = time.perf_counter()
-    defaults = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
-    sampling_params(None, defaults)  # what no row can use is refused before anything starts
-    source, target = _paths(options)
-    writer = OrderedWriter(target)
-    try:
-        with writer:
-            llm = AsyncLLM(**asdict(args))
-            tally, said = asyncio.run(_answer(llm, source, writer, defaults, began))
-    except BaseException as error:
-        if writer.written and not writer.direct:
-            print(f"headway: {writer.written} answered rows are kept in {writer.partial}", file=sys.stderr)
-        if isinstance(error, asyncio.CancelledError):
-            raise KeyboardInterrupt from None
-        raise
-    print(said, file=sys.stderr)
+    template = _template(options)
+    with build_processor(_config(options, args), preprocess=template) as processor:
+        fingerprint = {**processor.fingerprint(), **({template.option: template.text} if template else {})}
+        work = Job(
+            options.input,
+            options.output,
+            _job_options(options),
+            fingerprint,
+            options.stop_on_error,
+            job.request_reader(processor),
+        )
+        flow = processor.flow()
+        try:
+            summary = job.run(work, flow)
+        except BaseException:
+            if work.kept:
+                print("headway: {} answered rows are kept in {}; --resume goes on".format(*work.kept), file=sys.stderr)
+            raise
+        return _report(summary, flow)
+
+
+def _template(options: BatchOptions) -> PromptTemplate | None:
+    text = options.prompt_template or options.message_template
+    return PromptTemplate(text, chat=options.message_template is not None) if text is not None else None
+
+
+def _config(options: BatchOptions, args: EngineArgs) -> EngineProcessorConfig:
+    """Refuses sampling that no row can use before anything starts."""
+    generates = options.task == "generate"
+    sampling: dict[str, Any] = {}
+    if generates:
+        sampling = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p")}
+        sampling |= options.sampling or {}
+        sampling_params(sampling, {})
+    args = replace(args, runner="generate" if generates else "pooling")
+    given = {name: value for name, value in asdict(args).items() if value is not None and name != "model"}
+    return EngineProcessorConfig(
+        model_source=args.model, engine_kwargs=given, task_type=options.task, sampling_params=sampling
+    )
+
+
+def _job_options(options: BatchOptions) -> JobOptions:
+    return JobOptions(
+        resume=options.resume,
+        retry_failed=options.retry_failed,
+        errors=options.errors,
+        flush_interval_s=options.flush_interval_s,
+        input_format=options.input_format,
+        output_format=options.output_format,
+    )
+
+
+def _report(summary: Summary, flow: Flow) -> int:
+    tally = summary.tally
+    print(f"{tally.rows - tally.failed} rows answered, {tally.failed} failed{_pace(summary, flow)}", file=sys.stderr)
     if tally.first_error is not None:
         print(f"headway: the first that failed: {' '.join(tally.first_error.split())}", file=sys.stderr)
     return 1 if tally.rows and tally.failed == tally.rows else 0
 
 
-def _paths(options: BatchOptions) -> tuple[Path, Path]:
-    """Of input and output; "-" is the standard one."""
-    source = Path("/dev/stdin" if options.input == "-" else options.input)
-    target = Path("/dev/stdout" if options.output == "-" else options.output)
-    if not source.exists() or source.is_dir():
-        raise ConfigError("input", options.input, "no such file" if not source.exists() else "is a directory")
-    if not os.access(source, os.R_OK):
-        raise ConfigError("input", options.input, "cannot be read: permission denied")
-    if target.is_file() and target.samefile(source):
-        raise ConfigError("output", options.output, "must be another file than the input")
-    return source, target
-
-
-async def _answer(
-    llm: AsyncLLM, source: Path, writer: OrderedWriter, defaults: dict[str, Any], began: float
-) -> tuple[Tally, str]:
-    """Cancelled by Ctrl-C; further ones do not break into the engine's end."""
-    task = asyncio.current_task()
-    assert task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
-    async with llm:
-        started = time.perf_counter()
-        with Progress(count_lines(source)) as progress:
-            tally = await BatchRun(llm, writer, progress.update).run(read_rows(source, defaults))
-        elapsed = time.perf_counter() - started
-        return tally, summary(llm, tally, started - began, elapsed)
-
-
-def summary(llm: AsyncLLM, tally: Tally, startup_s: float, elapsed_s: float) -> str:
-    """One line: what was done, how fast, and what ran."""
+def _pace(summary: Summary, flow: Flow) -> str:
+    """What this run did, how fast, and what ran."""
+    stage = next(stage for stage in flow.stages if isinstance(stage, EngineStage))
+    if not summary.ran:
+        return ": the job was complete"
+    llm, counts, elapsed = stage.llm, stage.counts, summary.elapsed_s
     info, isa = llm.executor_info, llm.config.device.isa
     kernels = f"{info.kernels} ({isa})" if info.kernels == "cpu" else info.kernels
     why = next(c.reason for c in llm.config.choices if c.name == "distributed_executor_backend")
+    tokens = counts.output_tokens or counts.prompt_tokens
     return (
-        f"{tally.rows - tally.failed} rows answered, {tally.failed} failed: {tally.output_tokens} tokens in "
-        f"{elapsed_s:.1f} s ({tally.output_tokens / elapsed_s:.0f} tokens/s) after {startup_s:.1f} s of start-up; "
-        f"threads {info.threads}, kernels {kernels}, executor {info.executor}: {why}"
+        f": {tokens} tokens in {elapsed:.1f} s ({tokens / elapsed:.0f} tokens/s) after {summary.startup_s:.1f} s of "
+        f"start-up; threads {info.threads}, kernels {kernels}, executor {info.executor}: {why}"
     )
-
-
-class Progress:
-    """Rows, tokens a second and the time left, on a terminal; nothing elsewhere."""
-
-    def __init__(self, total: int | None) -> None:
-        self._bar = tqdm(total=total, unit="row", dynamic_ncols=True, disable=None)
-        self._began = time.perf_counter()
-
-    def update(self, tally: Tally) -> None:
-        rate = tally.output_tokens / (time.perf_counter() - self._began)
-        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        self._bar.update()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

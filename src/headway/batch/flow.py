@@ -50,21 +50,21 @@ class Flow:
     """The caller bounds how many rows are inside at a time, and looks out for what ends the job in ``broken``."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        self._stages = stages
+        self.stages = tuple(stages)
         self._open = AsyncExitStack()
         self.broken: asyncio.Future[None]  # never has a result
 
     async def open(self) -> None:
         """All stages at the same time: one loads a model while another connects."""
         self.broken = asyncio.get_running_loop().create_future()
-        for stage in self._stages:
+        for stage in self.stages:
             self._open.push_async_callback(stage.close)
-        await asyncio.gather(*(stage.open(self._fail) for stage in self._stages))
+        await asyncio.gather(*(stage.open(self._fail) for stage in self.stages))
 
     @property
     def window(self) -> int:
         """How many rows inside keep every stage busy; known once it is open."""
-        return max(MIN_WINDOW, sum(stage.window for stage in self._stages))
+        return max(MIN_WINDOW, sum(stage.window for stage in self.stages))
 
     def push(self, rows: list[Row], done: Done) -> None:
         """done: called with each row once it is answered or has failed, in any order."""
@@ -107,11 +107,11 @@ class Flow:
             self.broken.set_exception(error)
 
     def _enter(self, index: int, done: Done, rows: list[Row]) -> None:
-        if index == len(self._stages):
+        if index == len(self.stages):
             done(rows)
             return
         well = [row for row in rows if row.error is None]
         if len(well) < len(rows):
             done([row for row in rows if row.error is not None])
         if well:
-            self._stages[index].submit(well, partial(self._enter, index + 1, done))
+            self.stages[index].submit(well, partial(self._enter, index + 1, done))

@@ -7,8 +7,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from headway.batch.feed import DirectFeed, ThreadFeed
 from headway.batch.flow import Flow
 from headway.batch.ledger import Answer, Earlier, Ledger, State, Tally
+from headway.batch.openai_file import RequestReader
 from headway.batch.output import Output
 from headway.batch.progress import Progress
 from headway.batch.pump import Item, Pump, changed
-from headway.batch.readers import InputRow, format_of, open_reader
+from headway.batch.readers import InputRow, Reader, format_of, open_reader
 from headway.batch.sinks import JsonLinesSink, Record, Sink, open_sink
+from headway.batch.specs import EngineSpec
 from headway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ class JobOptions:
 
     retry_failed: as resume, and rows of the earlier output that failed run again. errors: a JSONL file for rows that
     fail. flush_interval_s: work that a kill may cost. progress: show a bar, where there is a terminal. Formats: jsonl,
-    csv, parquet, arrow; by default as the file's name says.
+    csv, parquet, arrow; by default as the file's name says; openai: requests or results of OpenAI's batch files.
     """
 
     resume: bool = False
@@ -49,9 +52,13 @@ class JobOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """tally: of all rows of the output. elapsed_s: of this run, after startup_s in which engines came up."""
+    """tally: of all rows of the output. elapsed_s: of this run, after startup_s in which engines came up.
+
+    ran: False if the job had been complete.
+    """
 
     tally: Tally
+    ran: bool
     startup_s: float
     elapsed_s: float
 
@@ -60,7 +67,7 @@ class Job:
     """Files and an earlier run's ledger are checked when it is built: before a model is loaded. Raises ConfigError.
 
     fingerprint: what makes the answers what they are: a job with another one cannot be resumed. stops: at the first
-    row that fails, in the input's order, with RowFailed.
+    row that fails, in the input's order, with RowFailed. requests: of an OpenAI batch file, reads its lines as rows.
     """
 
     def __init__(
@@ -70,10 +77,15 @@ class Job:
         options: JobOptions,
         fingerprint: Mapping[str, Any],
         stops: bool = False,
+        requests: Callable[[Reader], Reader] | None = None,
     ) -> None:
         self._options, self._stops, self._target = options, stops, str(target)
-        self._kind = options.output_format or format_of(target)
+        self._kind = options.output_format or ("openai" if options.input_format == "openai" else format_of(target))
         self._reader = open_reader(source, options.input_format)
+        if options.input_format == "openai":
+            if requests is None:
+                raise ConfigError("input_format", "openai", "needs an engine that answers the requests")
+            self._reader = requests(self._reader)
         self._sink = open_sink(self._target, self._kind, self._reader.types)
         self._errors = _errors_sink(options.errors)
         _check_distinct(source, self._sink, self._errors)
@@ -113,7 +125,8 @@ class Job:
                 if retries and self.tally.failed:
                     self._begin_retry()
                     await self._pass(flow, self._items())
-        return Summary(tally=self.tally, startup_s=started - began, elapsed_s=time.perf_counter() - started)
+        ran = started > began
+        return Summary(tally=self.tally, ran=ran, startup_s=started - began, elapsed_s=time.perf_counter() - started)
 
     async def _pass(self, flow: Flow, items: Iterator[Item]) -> None:
         feed = ThreadFeed(items) if self._reader.waits else DirectFeed(items)
@@ -183,8 +196,18 @@ class Job:
 
 def run_job(processor: Processor, source: Source, target: str | Path, options: JobOptions) -> Summary:
     """Ctrl-C keeps what is done, and is a KeyboardInterrupt then."""
-    job = Job(source, target, options, processor.fingerprint(), stops=not processor.should_continue_on_error)
+    stops = not processor.should_continue_on_error
+    job = Job(source, target, options, processor.fingerprint(), stops, request_reader(processor))
     return run(job, processor.flow())
+
+
+def request_reader(processor: Processor) -> Callable[[Reader], Reader] | None:
+    """For the first engine that rows go through."""
+    config = next((spec.config for spec in processor.specs if isinstance(spec, EngineSpec)), None)
+    if config is None:
+        return None
+    names = config.model_source, config.engine_kwargs.get("served_model_name")
+    return partial(RequestReader, task=config.task_type, models=[name for name in names if name])
 
 
 def run(job: Job, flow: Flow) -> Summary:

@@ -191,10 +191,7 @@ class HeldRows:
 
 
 def answer_of(row: InputRow, record: Record) -> Answer:
-    """Tokens are what the stages say of them."""
-    data = row.data
-    tokens = data.get("num_input_tokens") or 0, data.get("num_generated_tokens") or 0
-    return Answer(row.index, row.digest, record, named_error(row), *tokens, row=row)
+    return Answer(row.index, row.digest, record, named_error(row), row.input_tokens, row.output_tokens, row=row)
 
 
 def named_error(row: InputRow) -> str | None:

@@ -46,8 +46,8 @@ def _build(kind: type[P], field: str, given: Any, defaults: dict[str, Any]) -> P
     if not isinstance(given or {}, dict):
         raise RequestError(field, given, "must be an object")
     types = get_type_hints(kind)
-    values = dict(defaults)
-    for name, value in cast("dict[str, Any]", given or {}).items():
+    values: dict[str, Any] = {}
+    for name, value in {**defaults, **cast("dict[str, Any]", given or {})}.items():
         name = _ALIASES.get(name, name)
         if name not in types:
             raise RequestError(f"{field}.{name}", value, "unknown" + suggestion(name, list(types)))

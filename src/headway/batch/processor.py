@@ -114,18 +114,21 @@ class Processor:
         }
 
     @property
+    def specs(self) -> list[Spec]:
+        return [spec for step in self._steps for spec in step.specs]
+
+    @property
     def should_continue_on_error(self) -> bool:
         return all(step.config.should_continue_on_error for step in self._steps)
 
     def list_stage_names(self) -> list[str]:
-        return [spec.name for step in self._steps for spec in step.specs]
+        return [spec.name for spec in self.specs]
 
     def get_stage_by_name(self, name: str) -> Spec:
         """ConfigError if there is none."""
-        for step in self._steps:
-            for spec in step.specs:
-                if spec.name == name:
-                    return spec
+        for spec in self.specs:
+            if spec.name == name:
+                return spec
         raise ConfigError("name", name, f"the stages are {', '.join(self.list_stage_names())}")
 
     def close(self) -> None:

@@ -98,13 +98,13 @@ def _parsed(decoder: msgspec.json.Decoder[Any], text: bytes, index: int, number:
 
 def _row(index: int, unit: str, number: int, digest: int, source: dict[str, Any]) -> InputRow:
     source.pop("error", None)
-    return InputRow(index, dict(source), source, None, unit, number, digest)
+    return InputRow(index, dict(source), source, unit=unit, number=number, digest=digest)
 
 
 def _unreadable(index: int, number: int, digest: int, problem: str) -> InputRow:
     """It has no columns, so its error says where it is."""
     error = RowError("InvalidRow", f"line {number}: {problem}", "read")
-    return InputRow(index, {}, {}, error, "line", number, digest)
+    return InputRow(index, {}, {}, error, unit="line", number=number, digest=digest)
 
 
 class CsvReader:

@@ -20,12 +20,17 @@ class RowError:
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """index: its place among its input's. data: what stages read and add to. source: the input's columns."""
+    """index: its place among its input's. data: what stages read and add to. source: the input's columns.
+
+    input_tokens, output_tokens: of all samples, as the engine counted them.
+    """
 
     index: int
     data: dict[str, Any]
     source: dict[str, Any] = field(default_factory=dict[str, Any])
     error: RowError | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
 
     @classmethod
     def of(cls, index: int, source: dict[str, Any]) -> Row:

@@ -193,7 +193,7 @@ class PipeSink:
 
 
 def open_sink(name: str, kind: str, types: Any = None) -> Sink:
-    """kind: jsonl, csv, parquet or arrow. types: the pyarrow schema of the input, if it has one.
+    """kind: jsonl, csv, parquet, arrow or openai. types: the pyarrow schema of the input, if it has one.
 
     "-" is the standard output. Raises ConfigError if nothing can be written there.
     """
@@ -213,4 +213,8 @@ def open_sink(name: str, kind: str, types: Any = None) -> Sink:
         from headway.batch.arrow import ArrowSink
 
         return ArrowSink(path, kind, types)
+    if kind == "openai":
+        from headway.batch.openai_file import ResultSink
+
+        return ResultSink(path)
     return CsvSink(path) if kind == "csv" else JsonLinesSink(path)

@@ -76,10 +76,10 @@ class Command:
 COMMANDS = (
     Command(
         words="batch",
-        text="Answer every row of a JSONL file.",
+        text="Answer, embed or classify every row of a file.",
         run="headway.batch.command:run",
         options=BatchOptions,
-        runner="generate",
+        skip=("runner",),
     ),
     Command(words="chat", text="Talk to a model.", run="headway.cli.chat:run", options=ChatOptions, runner="generate"),
     Command(

@@ -223,6 +223,7 @@ class EngineStage:
             data["prompt_logprobs"] = output.prompt_logprobs
         if len(output.outputs) > 1:
             data["outputs"] = [self._sample(sample, data) for sample in output.outputs]
+        row.input_tokens, row.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
         self.counts.prompt_tokens += usage["prompt_tokens"]
         self.counts.output_tokens += usage["completion_tokens"]
         self.counts.cached_tokens += usage["cached_tokens"]
@@ -244,7 +245,7 @@ class EngineStage:
         return columns
 
     def _pooled(self, row: Row, output: PooledOutput) -> None:
-        row.data["num_input_tokens"] = len(output.prompt_token_ids)
+        row.data["num_input_tokens"] = row.input_tokens = len(output.prompt_token_ids)
         row.data["num_cached_tokens"] = output.num_cached_tokens
         row.data["embeddings"] = np.array(output.data, np.float32)
         self.counts.prompt_tokens += len(output.prompt_token_ids)
