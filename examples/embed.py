@@ -1,22 +1,36 @@
-"""Embeddings: which sentence is nearest to the question?"""
+"""Embeds a file of texts, then finds those that are nearest to a question."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from headway import LLM
+from headway.batch import EngineProcessorConfig, build_processor
 
-QUESTION = "How do I keep bread fresh?"
-SENTENCES = [
-    "Store loaves in a cloth bag, away from the sun.",
-    "The train to the coast leaves at noon.",
-    "Freezing sliced bread preserves it for weeks.",
-]
+TOPICS = Path(__file__).parent / "data" / "python_topics.jsonl"
+VECTORS = Path("vectors.jsonl")
+QUESTION = "How do I leave a loop early?"
+
+
+def embed(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["text"]}
+
+
+def keep(row: dict[str, Any]) -> dict[str, Any]:
+    return {"title": row["title"], "vector": row["embeddings"]}
 
 
 def main() -> None:
-    with LLM("all-minilm-l6-v2") as llm:
-        question, *vectors = (np.array(out.data) for out in llm.embed([QUESTION, *SENTENCES]))
-    for sentence, vector in sorted(zip(SENTENCES, vectors, strict=True), key=lambda pair: -float(question @ pair[1])):
-        print(f"{float(question @ vector):.3f}  {sentence}")
+    texts = [{"title": QUESTION, "text": QUESTION}, *map(json.loads, TOPICS.read_text().splitlines())]
+    config = EngineProcessorConfig(model_source="all-minilm-l6-v2", task_type="embed")
+    with build_processor(config, embed, keep) as processor:
+        processor.run(texts, VECTORS)
+    question, *rows = map(json.loads, VECTORS.read_text().splitlines())
+    near = {row["title"]: float(np.dot(question["vector"], row["vector"])) for row in rows}
+    print(QUESTION)
+    for title in sorted(near, key=lambda title: -near[title])[:3]:
+        print(f"{near[title]:.3f}  {title}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from headway.batch.config import (
 )
 
 if TYPE_CHECKING:
+    from headway.batch.job import JobOptions, Summary
     from headway.batch.processor import Processor, build_processor
 
 __all__ = [
@@ -23,10 +24,12 @@ __all__ = [
     "EngineProcessorConfig",
     "HttpRequestProcessorConfig",
     "HttpRequestStageConfig",
+    "JobOptions",
     "Processor",
     "ProcessorConfig",
     "ServeDeploymentProcessorConfig",
     "StageConfig",
+    "Summary",
     "TokenizerStageConfig",
     "build_processor",
 ]
@@ -37,4 +40,8 @@ def __getattr__(name: str) -> object:
         from headway.batch import processor
 
         return getattr(processor, name)
+    if name in ("JobOptions", "Summary"):
+        from headway.batch import job
+
+        return getattr(job, name)
     raise AttributeError(f"module 'headway.batch' has no attribute {name!r}")

@@ -21,7 +21,7 @@ from headway.errors import ConfigError
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-    from headway.batch.job import JobOptions, Summary
+    from headway.batch.job import JobOptions, Source, Summary
 
 RowFunction = functions.RowFunction
 
@@ -78,8 +78,8 @@ class Processor:
             dataset = apply(dataset, step.config, step.specs, step.leases)
         return dataset
 
-    def run(self, source: str | Path, target: str | Path, options: JobOptions | None = None) -> Summary:
-        """Every row of a file once through this processor, into another file. See JobOptions and docs/batch.md."""
+    def run(self, source: Source, target: str | Path, options: JobOptions | None = None) -> Summary:
+        """Every row of a file, or of an iterable, once through this processor, into a file. See JobOptions."""
         from headway.batch.job import JobOptions, run_job
 
         return run_job(self, source, target, options or JobOptions())

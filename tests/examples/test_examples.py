@@ -1,0 +1,55 @@
+"""The examples run from a clone, as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def said_by(name: str, where: Path) -> str:
+    done = subprocess.run([sys.executable, EXAMPLES / name], cwd=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run() -> None:
+    source = Path(__file__).read_text()
+    assert [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in source] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("generate.py", "Paris"), ("chat.py", "2: "), ("stream.py", "[sea]"), ("embed.py", "The continue statement")],
+)
+def test_it_says_what_it_found(name: str, words: str, tmp_path: Path) -> None:
+    assert words in said_by(name, tmp_path)
+
+
+def test_a_job_on_this_machine_answers_every_row_and_is_not_done_twice(tmp_path: Path) -> None:
+    assert "37 rows in answers.jsonl, 0 failed" in said_by("batch_local.py", tmp_path)
+    answers = (tmp_path / "answers.jsonl").read_text()
+    assert answers.count("\n") == 37
+    assert "37 rows in answers.jsonl, 0 failed" in said_by("batch_local.py", tmp_path)
+    assert (tmp_path / "answers.jsonl").read_text() == answers
+
+
+def test_second_turns_are_cached(tmp_path: Path) -> None:
+    said = said_by("shared_engine.py", tmp_path)
+    percent = next(int(line.partition("%")[0]) for line in said.splitlines() if "prefix cache" in line)
+    assert percent > 50
+
+
+def test_rows_get_labels(tmp_path: Path) -> None:
+    said = said_by("classify.py", tmp_path).splitlines()
+    labels = [label for part in said[-1].split(", ") for _, _, label in (part.partition(" x "),)]
+    assert set(labels) <= {"statement", "operator", "data type"}
+
+
+@pytest.mark.long
+def test_a_job_on_ray(tmp_path: Path) -> None:
+    assert "37 rows" in said_by("batch_ray.py", tmp_path)
