@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -193,6 +195,17 @@ async def test_one_bad_row_costs_the_others_nothing() -> None:
     assert [record.get("http_response") for record in records] == [{"ok": True}, None, None, {"ok": True}]
     assert records[1]["error"]["message"] == "payload=None: must be a dict"
     assert records[2]["error"]["message"].endswith("must be JSON")
+
+
+async def test_a_file_of_requests(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f'{{"payload": {{"n": {n}}}}}\n' for n in range(200)))
+    async with serving(Meeting(5)) as server:
+        url = str(server.make_url("/"))
+        with build_processor(HttpRequestProcessorConfig(url=url, http_request_stage={"concurrency": 5})) as processor:
+            summary = await asyncio.to_thread(processor.run, source, target)
+    assert (summary.tally.rows, summary.tally.failed) == (200, 0)
+    assert [json.loads(line)["http_response"]["n"] for line in target.read_text().splitlines()] == [*range(200)]
 
 
 async def test_numbers_of_numpy_are_json() -> None:

@@ -42,6 +42,7 @@ class HttpStage:
         most = config.http_request.concurrency or IN_FLIGHT
         self._config = config
         self._free = most if isinstance(most, int) else most[1]
+        self.window = 2 * self._free
         self._waiting: deque[tuple[Row, Done]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0.0  # when the next request may go out, in the loop's time
