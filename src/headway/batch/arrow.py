@@ -104,9 +104,9 @@ class ArrowSink(FileSink):
         self._convert(partial)
 
     def _write(self, partial: Path, target: Path) -> None:
-        with pa.memory_map(str(partial)) as rows:
+        with pa.OSFile(str(partial)) as rows:
             schema = self._schema(rows)
-        with pa.memory_map(str(partial)) as rows, _writer(self._kind, target, schema) as writer:
+        with pa.OSFile(str(partial)) as rows, _writer(self._kind, target, schema) as writer:
             for group in _groups(batches(rows), schema):
                 writer.write_table(group)
 
@@ -172,7 +172,7 @@ def stored_batches(path: Path, kind: str, rows: int = 1024) -> Iterator[pa.Recor
         with pq.ParquetFile(path) as file:
             yield from file.iter_batches(batch_size=rows)
         return
-    with pa.memory_map(str(path)) as source:
+    with pa.OSFile(str(path)) as source:
         file = pa.ipc.open_file(source)
         for i in range(file.num_record_batches):
             batch = file.get_batch(i)
@@ -184,6 +184,6 @@ def stored_schema(path: Path, kind: str) -> tuple[pa.Schema, int]:
     if kind == "parquet":
         with pq.ParquetFile(path) as file:
             return file.schema_arrow, file.metadata.num_rows
-    with pa.memory_map(str(path)) as source:
+    with pa.OSFile(str(path)) as source:
         file = pa.ipc.open_file(source)
         return file.schema, sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))

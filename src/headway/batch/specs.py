@@ -20,6 +20,9 @@ from headway.batch.stages import functions
 from headway.batch.stages.engine import EngineOptions, EngineStage
 from headway.errors import ConfigError
 
+DECISIVE = ("model", "tokenizer", "revision", "runner", "dtype", "quantization", "load_format", "max_model_len", "seed")
+"""Settings of an engine that its answers depend on; the others are about how fast they come."""
+
 
 class Spec(Protocol):
     """workers: its own, if any of its settings is given; else it runs beside its neighbours. Can be pickled."""
@@ -69,7 +72,8 @@ class EngineSpec:
 
     def fingerprint(self) -> dict[str, Any]:
         how = self.options
-        return {"task": how.task, "model": self.settings, "sampling": how.sampling, "chat_template": how.template}
+        model = {name: self.settings.get(name) for name in DECISIVE}
+        return {**model, "task": how.task, "sampling": how.sampling, "chat_template": how.template}
 
     def make(self, lease: Lease | None = None) -> EngineStage:
         """lease: on the engine to use; None: this stage's own, which ends with it."""
