@@ -133,7 +133,8 @@ def test_a_model_that_is_not_there_leaves_nothing_behind(tmp_path: Path, capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_a_job_that_was_interrupted_is_finished_by_the_same_command(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_job_that_ended_early_is_finished_by_the_same_command(how: signal.Signals, tmp_path: Path, capsys) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"id": i, "prompt": f"{i}, {i + 1},"}) + "\n" for i in range(300)))
     options = ["-o", str(target), *ENGINE, "--max-tokens", "4", "--max-num-seqs", "4", "--flush-interval-s", "0.05"]
@@ -144,12 +145,12 @@ def test_a_job_that_was_interrupted_is_finished_by_the_same_command(tmp_path: Pa
     while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size):
         time.sleep(0.02)
     for _ in range(3):  # an impatient one
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         time.sleep(0.05)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert "Traceback" not in said
-    assert f"answered rows are kept in {partial}; --resume goes on" in said
+    assert (f"answered rows are kept in {partial}; --resume goes on" in said) == (how == signal.SIGINT)
     assert not target.exists()
     assert main(["batch", str(source), *options, "--resume", "--sampling", '{"n": 2}']) == 2  # another job
     assert "without resume it starts over" in capsys.readouterr().err

@@ -170,6 +170,13 @@ def test_a_row_that_cannot_be_stored_fails_alone(tmp_path: Path) -> None:
     assert (bad["error"]["stage"], bad["error"]["type"]) == ("output", "TypeError")
 
 
+def test_the_column_for_errors_is_not_the_stages(tmp_path: Path) -> None:
+    def change(row: Row) -> None:
+        row.data["error"] = "mine" if row.data["id"] == 1 else None
+
+    assert do(rows(3), tmp_path / "out.parquet", Answers(change)).tally.failed == 1
+
+
 def test_a_job_that_stops_names_the_first_row_that_failed_and_keeps_those_before_it(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(50)))
     out = tmp_path / "out.jsonl"
@@ -327,6 +334,11 @@ def test_an_output_of_another_input_is_not_retried(tmp_path: Path) -> None:
     do(rows(10), tmp_path / "out.jsonl", Answers(fails_on(3)))
     with pytest.raises(ConfigError, match="has more rows than the input"):
         do(rows(5), tmp_path / "out.jsonl", retry_failed=True)
+
+
+def test_rows_that_come_only_once_cannot_be_retried(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs an input that can be read twice"):
+        do(iter(rows(5)), tmp_path / "out.jsonl", retry_failed=True)
 
 
 def test_a_full_disk_ends_the_job_with_its_reason(tmp_path: Path) -> None:

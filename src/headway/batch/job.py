@@ -92,6 +92,8 @@ class Job:
         self._resumes = options.resume or options.retry_failed
         if self._resumes and not self._sink.partial:
             raise ConfigError("resume", self._target, "must be a file: what went through a pipe cannot be continued")
+        if options.retry_failed and self._reader.once:
+            raise ConfigError("retry_failed", True, "needs an input that can be read twice: a file")
         known = {**fingerprint, "output_format": self._kind, "errors": self._errors and str(self._errors.path)}
         self._ledger = Ledger(self._sink.path, known)
         self._state = self._load()

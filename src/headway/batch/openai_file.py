@@ -35,7 +35,7 @@ class RequestReader:
 
     def __init__(self, lines: Reader, task: str, models: Collection[str]) -> None:
         self._lines, self._task, self._models = lines, task, models
-        self.waits = lines.waits
+        self.waits, self.once = lines.waits, lines.once
 
     def __iter__(self) -> Iterator[InputRow]:
         for row in self._lines:

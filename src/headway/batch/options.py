@@ -28,7 +28,7 @@ class BatchOptions:
     retry_failed: bool = setting(False, text="as --resume, and rows of the earlier output that failed run again")
     errors: str | None = setting(text="also write the rows that fail to this JSONL file")
     stop_on_error: bool = setting(False, text="end the job at the first row that fails")
-    flush_interval_s: float = setting(1.0, text="how much work a killed job may lose", low=0.0)
+    flush_interval_s: float = setting(1.0, text="how much work a killed job may lose", low=0.01)
     input_format: Literal["jsonl", "csv", "parquet", "arrow", "openai"] | None = setting(
         text="by default as the file's name says; openai: requests of a batch file"
     )

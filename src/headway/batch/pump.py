@@ -125,7 +125,7 @@ class Pump:
             return
         try:
             self._inside -= len(rows)
-            answers = [answer_of(row, self._output.sink.record(row)) for row in cast("list[InputRow]", rows)]
+            answers = [self._answer(row) for row in cast("list[InputRow]", rows)]
             self._output.put(answers)
             self._on_done(answers)
         except Exception as error:
@@ -134,6 +134,17 @@ class Pump:
         if self._output.is_due:
             self._due.set()
         self._fill()
+
+    def _answer(self, row: InputRow) -> Answer:
+        record = self._output.sink.record
+        try:
+            answer = record(row)
+            if row.error is None and answer.get("error") is not None:
+                raise ValueError("an answered row has a column error, which is for what went wrong")
+        except Exception as error:
+            row.fail(error, "output")
+            answer = record(row)
+        return answer_of(row, answer)
 
     async def _flush(self, interval_s: float) -> None:
         """Commits from time to time; what is slow of that on a thread."""

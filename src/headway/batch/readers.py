@@ -47,12 +47,13 @@ class InputRow(Row):
 
 
 class Reader(Protocol):
-    """waits: a row may be long in coming, so it is not read on an event loop.
+    """waits: a row may be long in coming, so it is not read on an event loop. once: it can be read only once.
 
     types: the input's pyarrow schema, if it has one.
     """
 
     waits: bool
+    once: bool
     types: Any
 
     def __iter__(self) -> Iterator[InputRow]: ...
@@ -69,7 +70,7 @@ class JsonLinesReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.waits = not path.is_file()
+        self.waits = self.once = not path.is_file()
 
     def __iter__(self) -> Iterator[InputRow]:
         decoder, index, digest = msgspec.json.Decoder(), 0, 0
@@ -114,7 +115,7 @@ class CsvReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.waits = not path.is_file()
+        self.waits = self.once = not path.is_file()
 
     def __iter__(self) -> Iterator[InputRow]:
         csv.field_size_limit(LONGEST_CELL)  # 128 kB otherwise; a setting of the whole process
@@ -154,6 +155,7 @@ class IterableReader:
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], count: int | None = None, types: Any = None) -> None:
         self._rows, self.types = rows, types
+        self.once = isinstance(rows, Iterator)
         self._count = len(rows) if count is None and isinstance(rows, Sized) else count
 
     def __iter__(self) -> Iterator[InputRow]:
