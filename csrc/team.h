@@ -86,6 +86,7 @@ struct Team {
   void sync() {
     if (threads > 1) counter->wait(items);
     counter++;
+    items = 0;  // of the next operation, which may have none
   }
 };
 

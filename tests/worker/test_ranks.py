@@ -64,6 +64,15 @@ def test_every_family_generates_what_one_rank_does(name: str, changes: Any, two:
 
 
 @needs_kernels
+def test_ranks_of_several_threads_share_heads(two: Ranks, tmp_path: Path) -> None:
+    path = make_checkpoint("qwen3", "ForCausalLM", tmp_path, **HALVED["qwen3"])[1]
+    program = engine_config(path, ops="cpu", enforce_eager=False)
+    expected = alone(program, GREEDY, 12)
+    two.load(replace(program, device=replace(program.device, threads=2)))
+    assert two.run(jobs.generate, PROMPTS, GREEDY, 12) == [expected, expected]
+
+
+@needs_kernels
 @pytest.mark.parametrize("eager", [False, True], ids=["program", "operations"])
 def test_samples_and_log_probabilities_are_one_ranks_too(eager: bool, two: Ranks, tmp_path: Path) -> None:
     path = make_checkpoint("llama", "ForCausalLM", tmp_path, **PAGED["llama"])[1]
