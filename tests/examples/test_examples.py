@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from headway.cli import main
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -36,6 +38,20 @@ def test_a_job_on_this_machine_answers_every_row_and_is_not_done_twice(tmp_path:
     assert answers.count("\n") == 37
     assert "37 rows in answers.jsonl, 0 failed" in said_by("batch_local.py", tmp_path)
     assert (tmp_path / "answers.jsonl").read_text() == answers
+
+
+def test_the_demo_shows_questions_and_their_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As make demo does it, with fewer rows."""
+    source, target = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    lines = (EXAMPLES / "questions.jsonl").read_text().splitlines()
+    source.write_text(f"{lines[0]}\n{lines[38]}\n")
+    options = ["-o", str(target), "--model", "smollm2-135m-instruct", "--max-tokens", "16"]
+    assert main(["batch", str(source), *options]) == 0
+    capfd.readouterr()
+    subprocess.run([sys.executable, EXAMPLES.parent / "scripts" / "show_answers.py", target, "2"], check=True)
+    said = capfd.readouterr().out
+    assert "Q: What is the capital of Portugal?\nA: " in said and "Lisbon" in said
+    assert "Q: The three most important things" in said
 
 
 def test_second_turns_are_cached(tmp_path: Path) -> None:
