@@ -57,7 +57,7 @@ class ChatTemplateStageConfig(TokenizerStageConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpRequestStageConfig(StageConfig):
-    pass
+    """concurrency: requests at a time, in each worker (default 64)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -87,7 +87,8 @@ class HttpSpec:
 
     @property
     def workers(self) -> StageConfig:
-        return self.config.http_request
+        """As many as the processor's concurrency says: the stage's is of the requests in each."""
+        return replace(self.config.http_request, concurrency=None)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"url": self.config.url}

@@ -67,10 +67,11 @@ def measure(options: ProcessorOptions, args: EngineArgs) -> Report:
             for contender in contenders:
                 contender.run(msgspec.structs.replace(job, seed=options.seed + 2 * repeat), repeat)
     given = {f.name: getattr(args, f.name) for f in fields(EngineArgs) if f.name != "model"}
+    resolved = {"threads": config.device.threads, "isa": config.device.isa, "dtype": config.model.dtype}
     return Report(
         model=args.model,
         settings={name: value for name, value in asdict(options).items() if name not in ("json", "report")},
-        engine={name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)},
+        engine={**{n: value for n, value in given.items() if value != getattr(_DEFAULTS, n)}, **resolved},
         versions=versions(),
         rows=[contender.row for contender in contenders],
     )

@@ -76,7 +76,7 @@ _LABEL = 180
 
 
 class Report(msgspec.Struct, kw_only=True):
-    """settings: of the benchmark. engine: of the engines, those that were given."""
+    """settings: of the benchmark. engine: of the engines, those that were given and some others."""
 
     model: str
     settings: dict[str, Any]
