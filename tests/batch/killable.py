@@ -1,6 +1,7 @@
 """Runs jobs in processes that are killed: one for each line of JSON on stdin, whose exit status it prints.
 
 crash_at: SIGKILL at so many calls that change what is on disk, before the call or after it. kill_after_s: from outside.
+file_size: no file may be larger, as on a disk that is full.
 A row is answered once its file of computed rows has its id, out of order; every seventh fails, unless mended.
 """
 
@@ -10,6 +11,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -22,8 +24,7 @@ from headway.batch.flow import Fail, Flow
 from headway.batch.job import Job, JobOptions, run
 from headway.batch.row import Done, Row
 
-CALLS = ("fsync", "replace", "ftruncate", "unlink", "write")
-write = os.write
+CALLS = ("fsync", "replace", "ftruncate", "unlink", "pwrite")
 
 
 def failing(index: int) -> bool:
@@ -57,7 +58,7 @@ class Shuffled:
                 row.fail(ValueError("the seventh"), self.name)
             row.data.update(answer=f"to {row.data['text']}")
             row.output_tokens = 2
-        write(self._computed, "".join(f"{row.source['id']}\n" for row in answered).encode())
+        os.write(self._computed, "".join(f"{row.source['id']}\n" for row in answered).encode())
         if answered:
             done(answered)
         if self._inside:
@@ -90,6 +91,8 @@ def crash_at(calls: int, after: bool) -> None:
 def work(spec: dict[str, Any]) -> None:
     if "crash_at" in spec:
         crash_at(spec["crash_at"], spec.get("after", False))
+    if "file_size" in spec:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (spec["file_size"],) * 2)
     stage = Shuffled(spec["seed"], spec.get("window", 8), spec.get("mended", False), Path(spec["computed"]))
     options = JobOptions(progress=False, flush_interval_s=spec.get("flush_interval_s", 0.0), **spec["options"])
     run(Job(spec["source"], spec["target"], options, {"model": "m"}, spec.get("stops", False)), Flow([stage]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -159,6 +160,27 @@ def test_a_job_that_ended_early_is_finished_by_the_same_command(how: signal.Sign
     assert capsys.readouterr().err.startswith("300 rows answered, 0 failed: ")
     assert main(words) == 0
     assert capsys.readouterr().err == "300 rows answered, 0 failed: the job was complete\n"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_job_killed_at_twenty_random_moments_has_every_row_once(tmp_path: Path, capsys) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"id": i, "prompt": f"{i}, {i + 1},"}) + "\n" for i in range(2000)))
+    words = ["batch", str(source), "-o", str(target), *ENGINE, "--max-tokens", "16", "--resume"]
+    moments, kills = random.Random(0), 0
+    while kills < 20:
+        with subprocess.Popen([sys.executable, "-m", "headway", *words], stderr=subprocess.DEVNULL) as process:
+            try:
+                process.wait(moments.uniform(2, 8))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+            else:  # it was faster
+                target.unlink()
+    assert main(words) == 0
+    assert [record["id"] for record in records_of(target)] == list(range(2000))
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.ledger"}
 
 
 def test_rows_flow_through_a_pipe_and_nothing_else_does(tmp_path: Path) -> None:

@@ -166,6 +166,9 @@ def test_a_row_that_cannot_be_stored_fails_alone(tmp_path: Path) -> None:
 
     for name in ("out.jsonl", "out.parquet"):
         assert do(rows(3), tmp_path / name, Answers(change)).tally.failed == 1
+    with pytest.raises(RowFailed, match="row 2: "):
+        do(rows(3), tmp_path / "stopped.jsonl", Answers(change), stops=True)
+    assert ids(tmp_path / "stopped.jsonl.partial") == [0]
     bad = records(tmp_path / "out.jsonl")[1]
     assert (bad["error"]["stage"], bad["error"]["type"]) == ("output", "TypeError")
 

@@ -147,6 +147,20 @@ def test_kills_one_after_the_other(process, kind: str, rows: int, window: int, k
         place.check()
 
 
+@pytest.mark.parametrize(("kind", "step"), [("jsonl", 97), ("csv", 97), ("parquet", 503)])
+def test_a_disk_that_is_full_at_any_byte(process, kind: str, step: int, tmp_path: Path) -> None:
+    """Until the job can be done; what was committed while there was room is not answered again."""
+    place, size = Workplace(process, tmp_path, rows=30, kind=kind), 500
+    while True:
+        done = place.committed()
+        status = place.run(file_size=size, seed=size)
+        assert not done & set(place.answered())
+        if status == 0:
+            break
+        size += step
+    place.check()
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_kills_from_outside_at_any_moment(process, kind: str, tmp_path: Path) -> None:
     place, runs = Workplace(process, tmp_path, rows=2000, kind=kind), 0

@@ -41,7 +41,8 @@ def sync_directory(path: Path) -> None:
 class AppendedFile:
     """Grows at its end. It is opened, and cut to ``length``, when something is first appended.
 
-    Appending and sync() may happen on two threads: sync() covers what was appended before it began.
+    What an append that failed has left is beyond ``length``. Appending and sync() may happen on two threads: sync()
+    covers what was appended before it began.
     """
 
     def __init__(self, path: Path, length: int = 0) -> None:
@@ -50,16 +51,16 @@ class AppendedFile:
 
     def append(self, content: bytes) -> None:
         descriptor, view = self.open(), memoryview(content)
-        while view:
-            written = os.write(descriptor, view)
-            view, self.length = view[written:], self.length + written
+        written = 0
+        while written < len(view):
+            written += os.pwrite(descriptor, view[written:], self.length + written)
+        self.length += written
 
     def open(self) -> int:
         """The descriptor."""
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
             os.ftruncate(self._descriptor, self.length)
-            os.lseek(self._descriptor, self.length, os.SEEK_SET)
         return self._descriptor
 
     def sync(self) -> None:

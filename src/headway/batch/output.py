@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
 
 import msgspec
 
 from headway.batch.durable import AppendedFile
 from headway.batch.ledger import Answer, HeldRows, Ledger, State, named_error
 from headway.batch.sinks import JsonLinesSink, Sink
-from headway.errors import ConfigError, RowFailed
+from headway.errors import ConfigError, HeadwayError, RowFailed
 
 CHUNK_BYTES = 1 << 24
 """How much may be written before it is committed, however soon."""
@@ -36,6 +36,7 @@ class Output:
         self._ready: list[Answer] = []
         self._digest = state.digest
         self._begun = bool(state.rows or state.held)
+        self._whole = True
         self._dirty = False
         self._uncommitted = 0
         if not state.complete:
@@ -90,10 +91,12 @@ class Output:
 
     def prepare(self) -> State | None:
         """None if there is nothing new, or nothing can be kept."""
-        if not self._ledger or not self._held or not self._dirty:
+        if not self._ledger or not self._held or not self._dirty or not self._whole:
             return None
         self._write()
-        self._begin()
+        with self._disk():
+            self._begin()
+            held = self._held.add(self._waiting)
         self._dirty, self._uncommitted = False, 0
         assert self.sink.partial
         self._state = msgspec.structs.replace(
@@ -103,20 +106,18 @@ class Output:
             output=self.sink.partial.length,
             errors=self._errors.partial.length if self._errors else 0,
             tally=msgspec.structs.replace(self.tally),
-            held=self._held.add(self._waiting),
+            held=held,
         )
         return self._state
 
     def make_durable(self, state: State) -> None:
         assert self._ledger and self._held
-        try:
+        with self._disk():
             for file, _ in self._files(state):
                 file.sync()
             self._held.sync()
             self._ledger.save(state)
             self._held.drop_stale()
-        except OSError as error:
-            raise self._refused(error) from None
 
     def commit(self) -> None:
         state = self.prepare()
@@ -125,18 +126,19 @@ class Output:
 
     def finish(self, keep_ledger: bool) -> None:
         """The output appears. Nothing else is left, but a ledger that says so if it is to be kept."""
-        assert not self._waiting and not self.failure, "a row is missing"
         self._write()
-        self._begin()
-        for file, _ in self._files(self._state):
-            file.open()  # there may be no row
+        assert self._whole and not self._waiting and not self.failure, "a row is missing"
+        with self._disk():
+            self._begin()
+            for file, _ in self._files(self._state):
+                file.open()  # there may be no row
         self._dirty, self._state.complete = True, True
         self.commit()
         self.publish(keep_ledger)
 
     def publish(self, keep_ledger: bool) -> None:
         """Of a state that is complete: what finish() may have left to do."""
-        try:
+        with self._disk():
             self.sink.finish()
             if self._errors:
                 self._errors.finish()
@@ -144,12 +146,10 @@ class Output:
                 self._held.remove()
                 if not keep_ledger:
                     self._ledger.remove()
-        except OSError as error:
-            raise self._refused(error) from None
 
     def close(self) -> None:
         """Keeps what is done."""
-        with suppress(OSError, ConfigError):  # what went wrong is being raised already
+        with suppress(OSError, HeadwayError):  # what went wrong is being raised already
             self.commit()
         for file, _ in self._files(self._state):
             file.close()
@@ -163,24 +163,22 @@ class Output:
             self._ledger.save(self._state)
 
     def _write(self) -> None:
-        ready, self._ready = self._ready, []
+        ready = self._ready
         if not ready:
             return
         content = self._encoded(ready)
-        try:
+        failed = [answer.record for answer in ready if answer.error is not None]
+        self._whole = False  # until files and counts agree again
+        with self._disk():
             self._begin()
             self.sink.append(content)
-            failed = [answer.record for answer in ready if answer.error is not None]
             if failed and self._errors:
                 self._errors.append(self._errors.encode(failed))
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise self._refused(error) from None
         self._uncommitted += len(content)
         self.next_index, self._digest = ready[-1].index + 1, ready[-1].digest
         for answer in ready:
             self._count(answer)
+        self._ready, self._whole = [], True
 
     def _encoded(self, answers: list[Answer]) -> bytes:
         """A row that cannot be stored fails, alone."""
@@ -200,6 +198,8 @@ class Output:
             answer.row.fail(error, "output")
             answer.record, answer.error = self.sink.record(answer.row), named_error(answer.row)
             if self._stops:
+                self.failure = answer
+                del self._ready[answer.index - self.next_index :]
                 raise RowFailed(answer.error or "") from None
 
     def _count(self, answer: Answer) -> None:
@@ -211,8 +211,15 @@ class Output:
             tally.failed += 1
             tally.first_error = tally.first_error or answer.error
 
-    def _refused(self, error: OSError) -> ConfigError:
-        return ConfigError("output", str(self.sink.path), f"cannot be written: {error.strerror}")
+    @contextmanager
+    def _disk(self) -> Generator[None, None, None]:
+        """A disk that is full is the user's to mend; a reader that left a pipe is another matter."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ConfigError("output", str(self.sink.path), f"cannot be written: {error.strerror}") from None
 
 
 def _restore(file: AppendedFile, length: int) -> None:

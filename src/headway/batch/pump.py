@@ -56,6 +56,7 @@ class Pump:
             self._flow.broken.remove_done_callback(self._break)
             self._due.set()
             await asyncio.wait({flushing})
+        flushing.result()  # it may have failed as the last row was done
 
     def _break(self, cause: asyncio.Future[None]) -> None:
         if not cause.cancelled() and (error := cause.exception()):
