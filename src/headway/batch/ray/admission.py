@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from headway.batch.config import StageConfig
+from headway.batch.engines import Lease
 from headway.batch.flow import Flow, Stage
 from headway.batch.row import Row
+from headway.batch.specs import EngineSpec
 
 _AT_A_TIME = 8
 """Rows are let in once this part of the window is free: what is done for some costs less than for each."""
@@ -32,10 +34,10 @@ class _Batch:
 
 
 class Admission:
-    """On the flow's event loop."""
+    """On the flow's event loop. leases: on the engines in it."""
 
-    def __init__(self, flow: Flow) -> None:
-        self._flow = flow
+    def __init__(self, flow: Flow, leases: Sequence[Lease] = ()) -> None:
+        self.flow, self._leases = flow, leases
         self._waiting: deque[tuple[Row, _Batch]] = deque()
         self._inside: dict[Row, _Batch] = {}
         self._admitting = False
@@ -46,9 +48,15 @@ class Admission:
         self._waiting.extend((row, batch) for row in rows)
         self._admit()
         if rows:
-            await asyncio.wait({batch.ended, self._flow.broken}, return_when=asyncio.FIRST_COMPLETED)
-        if self._flow.broken.done():
-            self._flow.broken.result()
+            await asyncio.wait({batch.ended, self.flow.broken}, return_when=asyncio.FIRST_COMPLETED)
+        if self.flow.broken.done():
+            self.flow.broken.result()
+
+    async def close(self) -> None:
+        """Ends the engines too. Idempotent."""
+        await self.flow.close()
+        for lease in self._leases:
+            await asyncio.to_thread(lease.close)
 
     def _admit(self) -> None:
         if self._admitting:  # rows may be done before push() returns
@@ -56,11 +64,11 @@ class Admission:
         self._admitting = True
         while some := self._next():
             self._inside.update(some)
-            self._flow.push([row for row, _ in some], self._leave)
+            self.flow.push([row for row, _ in some], self._leave)
         self._admitting = False
 
     def _next(self) -> list[tuple[Row, _Batch]]:
-        window = self._flow.window
+        window = self.flow.window
         room = min(window - len(self._inside), len(self._waiting))
         if room < min(window // _AT_A_TIME, len(self._waiting)):
             return []
@@ -75,6 +83,19 @@ class Admission:
         self._admit()
 
 
-async def opened(specs: Sequence[Makes]) -> tuple[Flow, Admission]:
-    flow = await Flow([spec.make() for spec in specs]).__aenter__()
-    return flow, Admission(flow)
+async def opened(specs: Sequence[Makes]) -> Admission:
+    leases: list[Lease] = []
+    stages: list[Stage] = []
+    for spec in specs:
+        if isinstance(spec, EngineSpec):
+            leases.append(Lease(spec.settings))
+            stages.append(spec.make(leases[-1]))
+        else:
+            stages.append(spec.make())
+    admission = Admission(Flow(stages), leases)
+    try:
+        await admission.flow.open()
+    except BaseException:
+        await admission.close()
+        raise
+    return admission

@@ -17,7 +17,7 @@ PACKED = "__headway_rows"
 """The one column between two operators of a processor: rows as they are, whatever Arrow would make of their values."""
 
 _ERROR = pa.struct([(name, pa.string()) for name in ERROR_FIELDS])
-_PARAMS = ("sampling_params", "pooling_params")
+_PARAMS = ("sampling_params", "pooling_params", "request_kwargs")
 _encoder = msgspec.json.Encoder(enc_hook=json_default)
 
 
@@ -50,7 +50,7 @@ def table_of(rows: Sequence[Row], block: pa.Table, *, errors: bool) -> pa.Table:
 def _row(index: int, source: dict[str, Any]) -> Row:
     for name in _PARAMS:
         if isinstance(source.get(name), dict):  # rows of a block share a struct, so null is "not given"
-            source[name] = {key: value for key, value in source[name].items() if value is not None}
+            source[name] = _given(source[name])
     row = Row.of(index, source)
     error = source.get("error")
     if isinstance(error, dict) and set(error) == set(ERROR_FIELDS):
@@ -59,6 +59,12 @@ def _row(index: int, source: dict[str, Any]) -> Row:
         row.source.pop("error", None)
         row.data.pop("error", None)
     return row
+
+
+def _given(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _given(one) for name, one in value.items() if one is not None}
 
 
 def _column(name: str, rows: Sequence[Row], values: list[Any], block: pa.Table) -> pa.ChunkedArray | pa.Array:

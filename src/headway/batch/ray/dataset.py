@@ -58,6 +58,7 @@ class _Operator:
         least, most = (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
         pool: dict[str, Any] = {"min_size": least, "max_size": most, "max_tasks_in_flight_per_actor": self.queued}
         arguments = {name: value for name, value in self.resources.items() if value is not None}
+        arguments.setdefault("runtime_env", {})  # any: what comes before then keeps tasks of its own, on every CPU
         (pool if _NAMES_CALLS else arguments)[
             "max_concurrent_calls_per_actor" if _NAMES_CALLS else "max_concurrency"
         ] = self.calls
@@ -67,7 +68,6 @@ class _Operator:
             batch_size=self.batch_size,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(**pool),
-            ray_remote_args_fn=dict,  # what comes before keeps tasks of its own, on every CPU, out of the engine's process
             **arguments,
         )
 
@@ -127,7 +127,7 @@ def _flow(head: Makes, config: ProcessorConfig) -> _Operator:
     return _Operator(
         worker=FlowWorker,
         batch_size=head.workers.batch_size or size,
-        workers=head.workers.concurrency or config.concurrency,
+        workers=config.concurrency,
         resources=_flow_resources(head, config),
         calls=calls,
         queued=getattr(config, "max_tasks_in_flight_per_actor", None) or 2 * calls,

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from headway.batch.config import StageConfig
 from headway.batch.engines import Lease
-from headway.batch.flow import Fail, Flow
+from headway.batch.flow import Fail
 from headway.batch.ray.admission import Admission, opened
 from headway.batch.ray.settle import settle_in
 from headway.batch.row import Done, Row, RowError
@@ -33,21 +33,20 @@ class SharedEngine:
         if not own_threads:
             settle_in()
         self._spec = spec
-        self._opened: asyncio.Task[tuple[Flow, Admission]] | None = None
+        self._opened: asyncio.Task[Admission] | None = None
 
     async def answer(self, rows: list[dict[str, Any]]) -> Answered:
         """The rows as the engine left them, in order."""
         if self._opened is None:
             self._opened = asyncio.create_task(opened([self._spec]))
-        _, admission = await self._opened
+        admission = await self._opened
         answered = [Row(i, data) for i, data in enumerate(rows)]
         await admission.answer(answered)
         return [(row.data, row.error) for row in answered]
 
     async def close(self) -> None:
         if self._opened is not None:
-            flow, _ = await self._opened
-            await flow.close()
+            await (await self._opened).close()
 
 
 class _Owner:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import secrets
 import select
-import threading
 from typing import Any
 
 import ray
+from ray.actor import exit_actor
 from ray.util import placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -24,12 +24,19 @@ class Guard:
     """The actor. engine: a process of this node."""
 
     def __init__(self, config: RayConfig, engine: int) -> None:
-        watched = os.pidfd_open(engine)  # raises, and so ends this actor, where it is gone already
-        threading.Thread(target=_exit_with, args=(watched,), daemon=True).start()
+        self._engine = os.pidfd_open(engine)  # raises, and so ends this actor, where it is gone already
+        ray.get_runtime_context().current_actor.watch.remote()
         self._group = placement_group(list(config.bundles), strategy=config.strategy)
 
     def group(self) -> PlacementGroup:
         return self._group
+
+    def watch(self) -> None:
+        """Runs beside the others."""
+        ended = select.poll()
+        ended.register(self._engine, select.POLLIN)
+        ended.poll()
+        exit_actor()
 
 
 def guarded_group(config: RayConfig) -> tuple[PlacementGroup, Any]:
@@ -40,14 +47,8 @@ def guarded_group(config: RayConfig) -> tuple[PlacementGroup, Any]:
         "namespace": "headway",
         "lifetime": "detached",
         "num_cpus": 0,
+        "max_concurrency": 2,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
     }
     guard: Any = ray.remote(Guard).options(**options).remote(config, os.getpid())
     return ray.get(guard.group.remote()), guard
-
-
-def _exit_with(watched: int) -> None:
-    ended = select.poll()
-    ended.register(watched, select.POLLIN)
-    ended.poll()
-    os._exit(0)
