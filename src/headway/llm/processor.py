@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-import msgspec
-
 from headway.config import EngineConfig, ModelFacts
 from headway.engine import GrammarBackend
 from headway.errors import RequestError
@@ -128,36 +126,36 @@ class Processor:
         self._check_types(item.token_type_ids, len(token_ids))
         if type(priority) is not int:
             raise RequestError("priority", priority, "must be an integer; lower runs first")
-        base = Request(
-            request_id=request_id,
-            prompt_token_ids=token_ids,
-            token_type_ids=item.token_type_ids,
-            cache_salt=item.cache_salt,
-            priority=priority,
-        )
+        common: dict[str, Any] = {
+            "prompt_token_ids": token_ids,
+            "token_type_ids": item.token_type_ids,
+            "cache_salt": item.cache_salt,
+            "priority": priority,
+        }
         if isinstance(params, PoolingParams):
             self._check_length(item, token_ids, 0)
-            requests = [msgspec.structs.replace(base, pooling=params)]
+            requests = [Request(request_id=request_id, pooling=params, **common)]
         else:
-            requests = self._samples(base, params, decided, delta, self._check_length(item, token_ids, 1))
+            common["stream"] = delta or decided.needs_text
+            room = self._check_length(item, token_ids, 1)
+            requests = self._samples(request_id, common, params, decided, room)
         check(requests[0], self._config)
         return Prepared(request_id=request_id, prompt=item.text, params=params, requests=requests, delta=delta)
 
     def _samples(
-        self, base: Request, params: SamplingParams, decided: _Decided, delta: bool, room: int
+        self, request_id: str, common: dict[str, Any], params: SamplingParams, decided: _Decided, room: int
     ) -> list[Request]:
         """room: how many tokens fit after the prompt."""
         seed = params.seed if params.seed is not None else self._random.getrandbits(_SEED_BITS)
         return [
-            msgspec.structs.replace(
-                base,
-                request_id=base.request_id if params.n == 1 else f"{base.request_id}/{i}",
+            Request(
+                request_id=request_id if params.n == 1 else f"{request_id}/{i}",
                 sampling=params,
                 max_tokens=min(params.max_tokens or room, room),
                 seed=(seed + i) % (1 << _SEED_BITS),
                 stop_token_ids=decided.stop_token_ids,
                 bad_words_ids=decided.bad_words_ids,
-                stream=delta or decided.needs_text,
+                **common,
             )
             for i in range(params.n)
         ]
