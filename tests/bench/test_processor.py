@@ -102,7 +102,7 @@ def test_modes_on_ray_do_the_same_job(tiny: list[str], tmp_path: Path) -> None:
         (turn,) = row["turns"]
         assert (turn["rows"], turn["failed"]) == (5, 0)
         assert turn["output_tokens"] == 5 * 6 * MODES[row["mode"]].steps
-        assert turn["cached_tokens"] == (5 * 32 if row["mode"] == "shared_engine" else 0)
+        assert turn["cached_tokens"] == (5 * 32 if row["mode"].startswith("shared") else 0)
         assert turn["peak_in_flight"] >= 2
 
 
@@ -138,7 +138,7 @@ def test_a_ratio_is_the_median_of_the_repeats_ratios() -> None:
         counts = {"rows": 12, "failed": 0, "input_tokens": 0, "output_tokens": 0, "cached_tokens": 0}
         unknown = {"peak_in_flight": None, "filled": None, "peak_rss_mb": None}
         turns = [Turn(wall_s=s, startup_s=0.0, elapsed_s=s, **counts, **unknown) for s in seconds]
-        return Row(mode=mode, engines=MODES[mode].engines, slots=1, turns=turns)
+        return Row(mode=mode, engines=1, slots=1, turns=turns)
 
     offline, local, two = row("generate", [1, 2, 1]), row("local", [2, 2, 4]), row("two_engines", [9, 9, 9])
     found = Report(model="m", settings={}, engine={}, versions={}, rows=[offline, local, two])

@@ -15,7 +15,7 @@ import msgspec
 
 from headway.bench.engine_process import EngineProcess
 from headway.bench.options import ProcessorOptions, words
-from headway.bench.processor_modes import MODES, QUESTION_LEN, Contender, Job, Setup, Turn
+from headway.bench.processor_modes import MODES, QUESTION_LEN, Contender, Job, Mode, Setup, Turn
 from headway.bench.processor_report import Report, Row
 from headway.bench.report import check_file, versions
 from headway.bench.throughput import WARM_UP_PROMPTS, for_mode
@@ -47,7 +47,7 @@ def measure(options: ProcessorOptions, args: EngineArgs) -> Report:
     job = Job(num_prompts=options.num_prompts, input_len=options.input_len, seed=options.seed, vocab_size=vocab_size)
     with ExitStack() as stack:
         address = args.ray_address
-        if address is None and any(MODES[name].runs == "ray" for name in names):
+        if address is None and any(MODES[name].on_ray for name in names):
             address = stack.enter_context(_cluster(len(names) * 2 * options.concurrency))
         setup = Setup(
             mode=names[0],
@@ -115,7 +115,7 @@ def _cluster(cpus: int) -> Generator[str]:
         import ray
     except ImportError as error:
         raise MissingDependencyError("modes on Ray need it: pip install 'headway[ray]'") from error
-    ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
@@ -124,48 +124,53 @@ def _cluster(cpus: int) -> Generator[str]:
 
 @dataclass(slots=True)
 class _Contender:
-    """fresh: its engines start again in every repeat. ran: once, at least."""
-
     process: EngineProcess[Setup, Job, Turn]
     row: Row
-    fresh: bool
-    ran: bool = False
+    mode: Mode
 
     def warm_up(self, job: Job) -> None:
-        if not self.fresh:
-            self._run(msgspec.structs.replace(job, num_prompts=min(job.num_prompts, WARM_UP_PROMPTS)))
+        """Engines that do not stay start in every repeat."""
+        if not self.mode.stays:
+            return
+        first = self._run(msgspec.structs.replace(job, num_prompts=1))
+        if first is not None:
+            self._add_start(first.wall_s if self.mode.on_ray else first.startup_s)
+        self._run(msgspec.structs.replace(job, num_prompts=min(job.num_prompts, WARM_UP_PROMPTS)))
 
     def run(self, job: Job, repeat: int) -> None:
-        if (turn := self._run(job)) is not None:
-            self.row.turns.append(turn)
-            _say(f"{self.row.mode}, {repeat + 1}: {turn.rows / turn.elapsed_s:.2f} rows/s")
+        turn = self._run(job)
+        if turn is None:
+            return
+        if not self.mode.stays and not self.row.turns:
+            self._add_start(turn.startup_s)
+        self.row.turns.append(turn)
+        _say(f"{self.row.mode}, {repeat + 1}: {turn.rows / turn.elapsed_s:.2f} rows/s")
+
+    def _add_start(self, seconds: float) -> None:
+        assert self.row.startup_s is not None
+        self.row.startup_s += seconds
 
     def _run(self, job: Job) -> Turn | None:
         if self.row.error is not None:
             return None
         try:
-            turn = self.process.run(job)
+            return self.process.run(job)
         except EngineError as error:
             self.row.error = str(error)
             _say(f"{self.row.mode} does not run: {error}")
             return None
-        if not self.ran and self.row.startup_s is not None:
-            self.row.startup_s += turn.startup_s
-        self.ran = True
-        return turn
 
 
 def _start(stack: ExitStack, name: str, setup: Setup) -> _Contender:
     """setup: of any mode, but for slots, which are one engine's."""
     mode = MODES[name]
-    fresh = mode.runs == "ray" and not mode.shared
-    engines = mode.engines * (setup.concurrency if fresh else 1)
+    engines = mode.engines(setup.concurrency)
     args = for_mode(setup.args, setup.task)
     if mode.steps > 1:  # what a second turn is there for
         args = replace(args, enable_prefix_caching=setup.args.enable_prefix_caching)
     setup = msgspec.structs.replace(setup, mode=name, args=args, slots=setup.slots * engines)
     _say(f"starting {name}")
-    contender = _Contender(EngineProcess(Contender, setup), Row(mode=name, engines=engines, slots=setup.slots), fresh)
+    contender = _Contender(EngineProcess(Contender, setup), Row(mode=name, engines=engines, slots=setup.slots), mode)
     stack.callback(contender.process.close)
     try:
         contender.row.startup_s = contender.process.ready().startup_s

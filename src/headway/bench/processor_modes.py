@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from headway.batch import EngineProcessorConfig, Processor, build_processor
+from headway.batch import (
+    EngineProcessorConfig,
+    Processor,
+    ProcessorConfig,
+    ServeDeploymentProcessorConfig,
+    build_processor,
+)
 from headway.bench.engine_process import Subject
 from headway.bench.report import tree_peak_rss_mb, versions
 from headway.bench.workload import random_prompts, sampling
@@ -31,21 +38,32 @@ QUESTION_LEN = 16
 """Tokens that the second turn of a conversation adds."""
 
 Records = list[dict[str, Any]]
-Runs = Literal["offline", "local", "ray"]
+RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
+Runs = Literal["offline", "local", "ray", "serve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
-    """text: for people. steps: turns of the conversation, each a processor. shared: one engine for all of them."""
+    """text: for people. steps: turns of the conversation, each a processor. shared: they have one engine."""
 
     text: str
     runs: Runs
     steps: int = 1
     shared: bool = False
 
+    def engines(self, concurrency: int) -> int:
+        """concurrency: of workers on Ray, which replicas of a deployment are too; one engine that is shared is one."""
+        each = 1 if self.shared else self.steps
+        return each * concurrency if self.runs == "serve" or (self.runs == "ray" and not self.shared) else each
+
     @property
-    def engines(self) -> int:
-        return 1 if self.shared else self.steps
+    def on_ray(self) -> bool:
+        return self.runs in ("ray", "serve")
+
+    @property
+    def stays(self) -> bool:
+        """Its engines outlive a job. On Ray they start with the first row."""
+        return self.runs != "ray" or self.shared
 
 
 MODES = {
@@ -57,6 +75,10 @@ MODES = {
     "classify": Mode(text="Ray Data, classification", runs="ray"),
     "two_engines": Mode(text="Ray Data, two turns, an engine for each", runs="ray", steps=2),
     "shared_engine": Mode(text="Ray Data, two turns on one engine", runs="ray", steps=2, shared=True),
+    "serve_deployment": Mode(text="Ray Data, the engine behind Ray Serve", runs="serve", shared=True),
+    "shared_serve_deployment": Mode(
+        text="Ray Data, two turns on one engine behind Ray Serve", runs="serve", steps=2, shared=True
+    ),
 }
 
 
@@ -130,23 +152,29 @@ def let_go(row: dict[str, Any], last: bool) -> dict[str, Any]:
     return out
 
 
-def processors(setup: Setup) -> list[Processor]:
+def request(row: dict[str, Any], sampling_params: dict[str, Any]) -> dict[str, Any]:
+    """For a deployment."""
+    asked = {"tokenized_prompt": row["tokenized_prompt"], "sampling_params": sampling_params}
+    return {**take_in(row), "method": "generate", "request_kwargs": asked}
+
+
+def processors(config: ProcessorConfig, steps: int, enter: RowFunction = take_in) -> list[Processor]:
     """One for each turn."""
-    mode = MODES[setup.mode]
-    kwargs = {f.name: getattr(setup.args, f.name) for f in fields(EngineArgs) if f.default is not MISSING}
-    defaults = {f.name: f.default for f in fields(EngineArgs)}
-    config = EngineProcessorConfig(
+    return [build_processor(config, enter, partial(let_go, last=step == steps - 1)) for step in range(steps)]
+
+
+def engine_config(setup: Setup) -> EngineProcessorConfig:
+    settings = {f.name: (getattr(setup.args, f.name), f.default) for f in fields(EngineArgs) if f.name != "model"}
+    return EngineProcessorConfig(
         model_source=setup.args.model,
-        engine_kwargs={name: value for name, value in kwargs.items() if value != defaults[name]},
+        engine_kwargs={name: value for name, (value, default) in settings.items() if value != default},
         task_type=setup.task,
         sampling_params=sampling(setup.max_tokens) if setup.task == "generate" else {},
-        shared="bench" if mode.shared else None,
+        shared="bench" if MODES[setup.mode].shared else None,
         batch_size=setup.batch_size,
         concurrency=setup.concurrency,
         should_continue_on_error=True,
     )
-    turns = range(mode.steps)
-    return [build_processor(config, take_in, partial(let_go, last=turn == turns[-1])) for turn in turns]
 
 
 class Way(ABC):
@@ -189,7 +217,7 @@ class Offline(Way):
 class Local(Way):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        first, *others = processors(setup)
+        first, *others = processors(engine_config(setup), MODES[setup.mode].steps)
         for other in others:
             first = first.then(other)
         self._processor = self.stack.enter_context(first)
@@ -211,7 +239,7 @@ class OnRay(Way):
         from ray.data import DataContext
 
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        ray.init(setup.address, logging_level=logging.WARNING)
+        ray.init(setup.address, logging_level=logging.WARNING, log_to_driver=False)
         self.stack.callback(ray.shutdown)
         context = DataContext.get_current()
         context.enable_progress_bars = False
@@ -219,7 +247,7 @@ class OnRay(Way):
         self._processors = [self.stack.enter_context(processor) for processor in self.processors()]
 
     def processors(self) -> list[Processor]:
-        return processors(self.setup)
+        return processors(engine_config(self.setup), MODES[self.setup.mode].steps)
 
     def run(self, rows: Records) -> tuple[Records, float | None]:
         import ray
@@ -230,7 +258,31 @@ class OnRay(Way):
         return dataset.materialize().take_all(), None
 
 
-_WAYS: dict[Runs, Callable[[Setup], Way]] = {"offline": Offline, "local": Local, "ray": OnRay}
+class OnServe(OnRay):
+    def processors(self) -> list[Processor]:
+        from ray import serve
+
+        from headway.batch.serve import build_llm_deployment
+
+        setup, engine, name = self.setup, engine_config(self.setup), f"bench-{os.getpid()}"
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        deployment = build_llm_deployment(
+            engine.model_source, engine_kwargs=engine.engine_kwargs, name="LLM", num_replicas=setup.concurrency
+        )
+        serve.run(deployment, name=name, route_prefix=None)
+        self.stack.callback(serve.delete, name)
+        config = ServeDeploymentProcessorConfig(
+            app_name=name,
+            deployment_name="LLM",
+            batch_size=setup.batch_size,
+            concurrency=setup.concurrency,
+            should_continue_on_error=True,
+        )
+        enter = partial(request, sampling_params=engine.sampling_params)
+        return processors(config, MODES[setup.mode].steps, enter)
+
+
+_WAYS: dict[Runs, Callable[[Setup], Way]] = {"offline": Offline, "local": Local, "ray": OnRay, "serve": OnServe}
 
 
 class Contender(Subject[Setup, Job, Turn]):
@@ -247,7 +299,7 @@ class Contender(Subject[Setup, Job, Turn]):
         rows = rows_of(job, self._mode.steps)
         began = time.time()
         records, took = self._way.run(rows)
-        return turn_of(records, began, time.time(), took, self._setup.slots, self._mode.runs == "ray")
+        return turn_of(records, began, time.time(), took, self._setup.slots, self._mode.on_ray)
 
     def close(self) -> None:
         self._way.stack.close()

@@ -64,12 +64,13 @@ HEADER = (
     "failed",
 )
 _NOTES = (
-    "start s: until the first row went in, once. rows/s: from the first row that went in to the last that came out; a "
-    "conversation of two turns is one row. an engine: rows/s divided by the engines. ratio: to the first mode here "
-    "with as many turns, the median of the repeats' ratios. cached: share of the prompts' tokens that the prefix "
-    "cache had. in flight: rows in all steps at a time, at most, and the requests that the engines run at a time. "
-    "filled: how much of these was used, on average from the first row out to the last one in. MB: peak memory, "
-    "unless other processes hold the engine."
+    "start s: until the first row went in, once; on Ray, where an engine that stays starts with its first row, until "
+    "that was answered. rows/s: from the first row that went in to the last that came out; a conversation of two "
+    "turns is one row. an engine: rows/s divided by the engines. ratio: to the first mode here with as many turns, "
+    "the median of the repeats' ratios. cached: share of the prompts' tokens that the prefix cache had. in flight: "
+    "rows in all steps at a time, at most, and the requests that the engines run at a time. filled: how much of these "
+    "was used, on average from the first row out to the last one in. MB: peak memory, unless other processes hold the "
+    "engine."
 )
 _COLOURS = ("#2f6fb0", "#3f9c6b", "#d08a2e", "#8a63b8", "#c2536b", "#7b8794")
 _LABEL = 180
