@@ -62,7 +62,12 @@ class RequestReader:
             raise RequestError("url", url, f"must be {known or 'of another job'}: this job's task is {self._task}")
         if body.get("model") not in self._models:
             raise RequestError("body.model", body.get("model"), f"must be {' or '.join(sorted(self._models))}")
-        return (_embedding if url == EMBEDDINGS else _generation)(url, body)
+        return columns_of(url, body)
+
+
+def columns_of(url: str, body: Body) -> Record:
+    """What a row brings for such a request; its model is not looked at. Raises RequestError."""
+    return (_embedding if url == EMBEDDINGS else _generation)(url, body)
 
 
 def _embedding(url: str, body: Body) -> Record:
@@ -139,7 +144,7 @@ class ResultSink(JsonLinesSink):
         line: Record = {"id": name, "custom_id": row.source.get("custom_id", str(row.index))}
         if row.error is not None:
             return {**line, "response": None, "error": {"code": row.error.type, "message": row.error.message}}
-        return {**line, "response": {"status_code": 200, "request_id": name, "body": _answer(row)}, "error": None}
+        return {**line, "response": {"status_code": 200, "request_id": name, "body": answer_body(row)}, "error": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +156,8 @@ class _Kind:
 _KINDS = {CHAT: _Kind("chatcmpl", "chat.completion"), COMPLETIONS: _Kind("cmpl", "text_completion")}
 
 
-def _answer(row: Row) -> Record:
+def answer_body(row: Row) -> Record:
+    """OpenAI's response to the request in ``row.source``, its url and body."""
     data, model = row.data, row.source.get("body", {}).get("model")
     prompt = data["num_input_tokens"]
     if "embeddings" in data:

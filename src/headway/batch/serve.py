@@ -1,0 +1,172 @@
+"""An engine as a Ray Serve deployment: for ServeDeploymentProcessorConfig, and whoever else has a handle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, cast
+
+import msgspec
+
+from headway.batch.config import EngineProcessorConfig
+from headway.batch.engines import Lease
+from headway.batch.flow import Flow
+from headway.batch.openai_file import CHAT, COMPLETIONS, answer_body, columns_of
+from headway.batch.params import sampling_params
+from headway.batch.ray.resources import engine_resources, engine_settings
+from headway.batch.ray.settle import settle_in
+from headway.batch.row import Row
+from headway.batch.sinks import json_default
+from headway.batch.stages.engine import EngineOptions, EngineStage, Task
+from headway.config.resolve import MAX_NUM_SEQS
+from headway.errors import MissingDependencyError, RequestError, UserError
+from headway.messages import Completion
+
+try:
+    from ray import serve
+    from ray.serve import Application
+except ImportError as missing:
+    raise MissingDependencyError("deployments need Ray Serve: pip install 'headway[ray-serve]'") from missing
+
+Request = Any
+"""A dict, or an object with such attributes: a pydantic model, a msgspec struct."""
+
+
+def build_llm_deployment(
+    model_source: str,
+    *,
+    engine_kwargs: dict[str, Any] | None = None,
+    sampling_params: dict[str, Any] | None = None,
+    placement_group_config: dict[str, Any] | None = None,
+    accelerator_type: str | None = None,
+    runtime_env: dict[str, Any] | None = None,
+    name: str = "LLM",
+    **serve_options: Any,
+) -> Application:
+    """For ``serve.run(app, name=...)``: a deployment ``name`` with the methods of LLMDeployment.
+
+    engine_kwargs: see EngineArgs. sampling_params: what requests do not say. serve_options: of ``serve.deployment``,
+    such as num_replicas, autoscaling_config, max_ongoing_requests, which is twice what an engine runs if not given.
+    """
+    config = EngineProcessorConfig(
+        model_source=model_source,
+        engine_kwargs=engine_kwargs or {},
+        sampling_params=sampling_params or {},
+        placement_group_config=placement_group_config,
+        accelerator_type=accelerator_type,
+        runtime_env=runtime_env,
+    )
+    given = {"model": model_source, **config.engine_kwargs}
+    if placement_group_config is not None:
+        given["placement_group_config"] = placement_group_config
+    resources = {k: v for k, v in engine_resources(given, config).items() if v is not None}
+    options: dict[str, Any] = {
+        "name": name,
+        "max_ongoing_requests": 2 * config.engine_kwargs.get("max_num_seqs", MAX_NUM_SEQS),
+        "ray_actor_options": resources,
+        **serve_options,
+    }
+    own_threads = "OMP_NUM_THREADS" in (runtime_env or {}).get("env_vars", {})
+    deployment: Any = serve.deployment(**options)(LLMDeployment)
+    return deployment.bind(engine_settings(given, accelerator_type), config.sampling_params, own_threads)
+
+
+class LLMDeployment:
+    """One engine. A request that cannot be answered raises UserError.
+
+    generate, embed, classify and score take and give what rows of an engine processor have; chat and completions are
+    OpenAI's. generate_stream gives generated_text and generated_tokens as they come.
+    """
+
+    def __init__(self, settings: dict[str, Any], sampling: dict[str, Any], own_threads: bool = False) -> None:
+        if not own_threads:
+            settle_in()
+        self._sampling = sampling
+        self._model = settings["model"]
+        self._lease = Lease(settings)
+        self._flows: dict[Task, Flow] = {}
+        self._opening = asyncio.Lock()
+
+    async def generate(self, request: Request) -> dict[str, Any]:
+        return await self._answer("generate", _columns(request))
+
+    async def embed(self, request: Request) -> dict[str, Any]:
+        return await self._answer("embed", _columns(request))
+
+    async def classify(self, request: Request) -> dict[str, Any]:
+        return await self._answer("classify", _columns(request))
+
+    async def score(self, request: Request) -> dict[str, Any]:
+        return await self._answer("score", _columns(request))
+
+    async def chat(self, request: Request) -> dict[str, Any]:
+        return await self._openai(CHAT, _columns(request))
+
+    async def completions(self, request: Request) -> dict[str, Any]:
+        return await self._openai(COMPLETIONS, _columns(request))
+
+    async def generate_stream(self, request: Request) -> AsyncGenerator[dict[str, Any]]:
+        """Each item is what is new of one sample, the last of a sample with its finish_reason."""
+        columns = _columns(request)
+        params = sampling_params(columns.get("sampling_params"), self._sampling)
+        llm = await self._lease.open()
+        messages: Any = columns.get("messages")
+        prompt: Any = columns.get("prompt", columns.get("tokenized_prompt"))
+        outputs = llm.generate(prompt, params) if messages is None else llm.chat(messages, params)
+        async with aclosing(outputs):
+            async for output in outputs:
+                for sample in output.outputs:
+                    yield _delta(sample)
+
+    async def check_health(self) -> None:
+        """Serve asks; raises what ended the engine for good."""
+        for flow in self._flows.values():
+            if flow.broken.done():
+                flow.broken.result()
+
+    async def _openai(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            columns = columns_of(url, body)
+        except RequestError as error:
+            raise UserError(str(error)) from None  # which reaches other processes
+        row = Row(0, columns, {"url": url, "body": {"model": self._model, **body}})
+        await self._run("generate", row)
+        return msgspec.to_builtins(answer_body(row), enc_hook=json_default)
+
+    async def _answer(self, task: Task, columns: dict[str, Any]) -> dict[str, Any]:
+        row = Row.of(0, columns)
+        await self._run(task, row)
+        return {name: value for name, value in row.data.items() if columns.get(name) is not value}
+
+    async def _run(self, task: Task, row: Row) -> None:
+        async with self._opening:
+            if task not in self._flows:
+                sampling = self._sampling if task == "generate" else {}
+                stage = EngineStage(self._lease, EngineOptions(task=task, sampling=sampling))
+                self._flows[task] = await Flow([stage]).__aenter__()
+        await self._flows[task].answer([row])
+        if row.error is not None:
+            raise UserError(row.error.message)
+
+
+def _columns(request: Request) -> dict[str, Any]:
+    """What is not said is left out."""
+    if hasattr(request, "model_dump"):  # pydantic
+        return request.model_dump(exclude_none=True)
+    try:
+        columns: Any = msgspec.to_builtins(request, enc_hook=json_default)
+    except TypeError as error:
+        raise UserError(f"the request must be an object, not {type(request).__name__}") from error
+    if not isinstance(columns, dict):
+        raise UserError(f"the request must be an object, not {type(request).__name__}")
+    return {name: value for name, value in cast("dict[str, Any]", columns).items() if value is not None}
+
+
+def _delta(sample: Completion) -> dict[str, Any]:
+    return {
+        "index": sample.index,
+        "generated_text": sample.text,
+        "generated_tokens": sample.token_ids,
+        "finish_reason": sample.finish_reason,
+    }
