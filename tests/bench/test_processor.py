@@ -72,7 +72,7 @@ def test_a_mode_that_cannot_run_says_why_and_stops_nobody(tiny: list[str], capsy
     [
         (["--mode", "locl"], "mode='locl': must be of generate, "),
         (["--mode", ","], "mode=',': must name at least one"),
-        (["--mode", "classify,two_engines"], "mode='classify,two_engines': what classify is compared with"),
+        (["--mode", "classify,two_engines"], "mode='classify,two_engines': beside classify"),
         (["--mode", "local", "--max-tokens", "3000"], "max_model_len"),
         (["--mode", "local", "--report", "/absent/report.html"], "report='/absent/report.html'"),
     ],

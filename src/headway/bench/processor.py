@@ -25,6 +25,8 @@ from headway.models.describe import describe
 from headway.models.source import resolve_source
 
 Task = Literal["generate", "classify"]
+CLASSIFY = {"generate", "local", "engine", "classify"}
+"""Modes that classify where one of them is so called."""
 
 
 def run(options: ProcessorOptions, args: EngineArgs) -> int:
@@ -48,7 +50,8 @@ def measure(options: ProcessorOptions, args: EngineArgs) -> Report:
     with ExitStack() as stack:
         address = args.ray_address
         if address is None and any(MODES[name].on_ray for name in names):
-            address = stack.enter_context(_cluster(len(names) * 2 * options.concurrency))
+            ranks = args.tensor_parallel_size * args.pipeline_parallel_size
+            address = stack.enter_context(_cluster(len(names) * 2 * options.concurrency * ranks))
         setup = Setup(
             mode=names[0],
             task=task,
@@ -89,8 +92,8 @@ def task_of(options: ProcessorOptions) -> Task:
         raise ConfigError("mode", options.mode, "must name at least one")
     if "classify" not in names:
         return "generate"
-    if any(MODES[name].steps > 1 for name in names):
-        raise ConfigError("mode", options.mode, "what classify is compared with must be of one turn")
+    if not {*names} <= CLASSIFY:
+        raise ConfigError("mode", options.mode, f"beside classify must be of {', '.join(sorted(CLASSIFY))}")
     return "classify"
 
 
