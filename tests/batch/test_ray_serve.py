@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +66,13 @@ class Squares:
         for i in range(request["to"]):
             yield i
 
+    async def die_once(self, request: dict[str, Any]) -> str:
+        flag = Path(request["flag"])
+        if not flag.exists():
+            flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "alive"
+
     async def stuck(self, _: dict[str, Any]) -> None:
         await asyncio.Event().wait()
 
@@ -118,6 +126,12 @@ def test_all_items_of_a_stream_come_back() -> None:
 def test_what_cannot_be_asked_is_the_rows_error(row: dict[str, Any], message: str) -> None:
     (found,) = calls("square", lambda _: row, request_timeout_s=0.5)(numbers(1)).take_all()
     assert message in found["error"]["message"] and found["error"]["stage"] == "serve_deployment"
+
+
+@pytest.mark.usefixtures("applications")
+def test_a_request_is_sent_again_when_its_replica_dies(tmp_path: Path) -> None:
+    one = calls("die_once", lambda _: {"request_kwargs": {"flag": str(tmp_path / "died")}})
+    assert [row["response"] for row in one(numbers(8)).take_all()] == ["alive"] * 8
 
 
 @pytest.mark.usefixtures("applications")
