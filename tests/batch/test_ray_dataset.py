@@ -145,6 +145,14 @@ def test_stages_with_workers_of_their_own_get_batches_of_their_size() -> None:
     assert "MapBatches(FunctionWorker)" in found.stats() and "MapBatches(FlowWorker)" in found.stats()
 
 
+def test_an_engines_worker_reserves_what_its_bundle_says() -> None:
+    def assigned(_: dict[str, Any]) -> dict[str, Any]:
+        return {"cpus": ray.get_runtime_context().get_assigned_resources()["CPU"]}
+
+    one = processor(ask, assigned, placement_group_config={"bundle_per_worker": {"CPU": 2}})
+    assert one(numbers(1)).take_all() == [{"cpus": 2.0}]
+
+
 def test_a_row_that_fails_ends_the_job_where_that_is_asked_for() -> None:
     def bad(row: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": 7} if row["id"] == 3 else ask(row)

@@ -24,12 +24,16 @@ except ImportError as missing:
     raise MissingDependencyError("datasets need Ray Data: pip install 'headway[ray]'") from missing
 
 CONCURRENT_BATCHES = 8
-_NAMES_CALLS = "max_concurrent_calls_per_actor" in inspect.signature(ActorPoolStrategy).parameters  # since Ray 2.56
+_NAMES_CALLS = (
+    "max_concurrent_calls_per_actor" in inspect.signature(ActorPoolStrategy).parameters
+)  # else an option of the actor
 
 
 def apply(dataset: Dataset, config: ProcessorConfig, specs: Sequence[Spec], leases: Mapping[int, Lease]) -> Dataset:
     """Lazily. leases: on the engines of the specs of that id; a shared engine's actor is made at once."""
-    groups = _operators([_placed(spec, leases) for spec in specs])
+    engine = next((spec for spec in specs if isinstance(spec, EngineSpec)), None)
+    reserved = {} if engine is None else engine_resources(engine.settings, engine.config)
+    groups = _operators([_placed(spec, leases, reserved) for spec in specs])
     for i, group in enumerate(groups):
         work = Work(
             specs=group,
@@ -38,7 +42,7 @@ def apply(dataset: Dataset, config: ProcessorConfig, specs: Sequence[Spec], leas
             own_threads=_own_threads(config),
         )
         head = next(spec for spec in group if _leads(spec))
-        operator = _functions(head, config) if isinstance(head, FunctionSpec) else _flow(head, config)
+        operator = _functions(head, config) if isinstance(head, FunctionSpec) else _flow(head, config, reserved)
         dataset = operator.add(dataset, work)
     return dataset
 
@@ -86,15 +90,14 @@ def _leads(spec: Makes) -> bool:
     return not isinstance(spec, FunctionSpec) or spec.workers.separate
 
 
-def _placed(spec: Spec, leases: Mapping[int, Lease]) -> Makes:
+def _placed(spec: Spec, leases: Mapping[int, Lease], reserved: dict[str, Any]) -> Makes:
     """An engine's executor decided, or the engine that is shared."""
     if not isinstance(spec, EngineSpec):
         return spec
     placed = replace(spec, settings=engine_settings(spec.settings, spec.config.accelerator_type))
     if spec.config.shared is None:
         return placed
-    resources = engine_resources(spec.settings, spec.config)
-    return shared(placed, leases[id(spec)], resources, _own_threads(spec.config))
+    return shared(placed, leases[id(spec)], reserved, _own_threads(spec.config))
 
 
 def _functions(head: FunctionSpec, config: ProcessorConfig) -> _Operator:
@@ -112,7 +115,7 @@ def _functions(head: FunctionSpec, config: ProcessorConfig) -> _Operator:
     )
 
 
-def _flow(head: Makes, config: ProcessorConfig) -> _Operator:
+def _flow(head: Makes, config: ProcessorConfig, engine: dict[str, Any]) -> _Operator:
     """Several batches in every worker, so that the rows of a new one enter as those of another one leave.
 
     A task runs four batches of a block at a time, and as many tasks run as there are concurrent batches: with batches
@@ -128,16 +131,13 @@ def _flow(head: Makes, config: ProcessorConfig) -> _Operator:
         worker=FlowWorker,
         batch_size=head.workers.batch_size or size,
         workers=config.concurrency,
-        resources=_flow_resources(head, config),
+        resources=engine if isinstance(head, EngineSpec) else _light_resources(head, config),
         calls=calls,
         queued=getattr(config, "max_tasks_in_flight_per_actor", None) or 2 * calls,
     )
 
 
-def _flow_resources(head: Makes, config: ProcessorConfig) -> dict[str, Any]:
-    if isinstance(head, EngineSpec):
-        assert isinstance(config, EngineProcessorConfig)
-        return engine_resources(head.settings, config)
+def _light_resources(head: Makes, config: ProcessorConfig) -> dict[str, Any]:
     workers = head.workers  # of steps that wait for others, and so need next to nothing of this machine
     runtime_env = workers.runtime_env or getattr(config, "runtime_env", None)
     return {"num_cpus": workers.num_cpus or 0, "memory": workers.memory, "runtime_env": runtime_env}
