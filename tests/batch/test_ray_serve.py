@@ -17,7 +17,7 @@ serve = pytest.importorskip("ray.serve")
 pytest.importorskip("ray.data")
 
 from pydantic import BaseModel  # noqa: E402
-from tests.batch.test_ray_dataset import MODEL, SAMPLING, SMALL, ask, keep, numbers, processor, rows_of  # noqa: E402
+from tests.batch.test_ray_dataset import MODEL, SAMPLING, SMALL, ask, keep, numbers, processor, rows_of, wait_until  # noqa: E402
 
 from headway.batch import (  # noqa: E402
     Processor,
@@ -188,7 +188,7 @@ def test_chained_processors_share_an_engine_and_its_prefix_cache() -> None:
     first.close()
     assert len(shared_engines()) == 1
     second.close()
-    assert shared_engines() == []
+    wait_until(shared_engines, [])
 
 
 def test_rows_run_again_when_the_shared_engines_process_is_killed() -> None:
