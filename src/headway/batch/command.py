@@ -12,7 +12,7 @@ from headway.batch.flow import Flow
 from headway.batch.job import Job, JobOptions, Summary
 from headway.batch.options import BatchOptions
 from headway.batch.params import sampling_params
-from headway.batch.processor import build_processor
+from headway.batch.processor import Processor, build_processor
 from headway.batch.stages.engine import EngineStage
 from headway.batch.template import PromptTemplate
 from headway.config import EngineArgs
@@ -25,6 +25,8 @@ def run(options: BatchOptions, args: EngineArgs) -> int:
     """
     template = _template(options)
     with build_processor(_config(options, args), preprocess=template) as processor:
+        if options.ray is not None:
+            return _run_on_ray(options, processor)
         fingerprint = {**processor.fingerprint(), **({template.option: template.text} if template else {})}
         work = Job(
             options.input,
@@ -44,6 +46,16 @@ def run(options: BatchOptions, args: EngineArgs) -> int:
         return _report(summary, flow)
 
 
+def _run_on_ray(options: BatchOptions, processor: Processor) -> int:
+    from headway.batch.ray import files
+
+    assert options.ray is not None
+    kinds = options.input_format, options.output_format
+    rows, failed = files.run(processor, options.input, options.output, options.ray, kinds, options.id_column)
+    print(f"{rows - failed} rows answered, {failed} failed: in {options.output}", file=sys.stderr)
+    return 1 if rows and failed == rows else 0
+
+
 def _template(options: BatchOptions) -> PromptTemplate | None:
     text = options.prompt_template or options.message_template
     return PromptTemplate(text, chat=options.message_template is not None) if text is not None else None
@@ -60,7 +72,11 @@ def _config(options: BatchOptions, args: EngineArgs) -> EngineProcessorConfig:
     args = replace(args, runner="generate" if generates else "pooling")
     given = {name: value for name, value in asdict(args).items() if value is not None and name != "model"}
     return EngineProcessorConfig(
-        model_source=args.model, engine_kwargs=given, task_type=options.task, sampling_params=sampling
+        model_source=args.model,
+        engine_kwargs=given,
+        task_type=options.task,
+        sampling_params=sampling,
+        should_continue_on_error=not options.stop_on_error,
     )
 
 

@@ -35,8 +35,24 @@ class BatchOptions:
     output_format: Literal["jsonl", "csv", "parquet", "arrow", "openai"] | None = setting(
         text="by default as the file's name says; openai, for such requests: results of a batch file"
     )
+    ray: str | None = setting(
+        text="run on the Ray cluster of this address (local: one of this machine's); OUTPUT is a folder of files then"
+    )
+    id_column: str | None = setting(text="on Ray, for --resume: the column that tells rows apart")
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_ray()
         if self.prompt_template is not None and self.message_template is not None:
             raise ConfigError("message_template", self.message_template, "cannot be given beside prompt_template")
+
+    def _check_ray(self) -> None:
+        if self.ray is None:
+            if self.id_column is not None:
+                raise ConfigError("id_column", self.id_column, "is for --ray")
+            return
+        if self.resume != (self.id_column is not None):
+            raise ConfigError("resume", self.resume, "on Ray, give --resume and --id-column together")
+        for name in ("retry_failed", "errors"):
+            if getattr(self, name):
+                raise ConfigError(name, getattr(self, name), "is not for --ray")

@@ -22,11 +22,14 @@ class PromptTemplate:
 
     def __post_init__(self) -> None:
         try:
-            names = [name for _, name, _, _ in Formatter().parse(self.text) if name is not None]
+            names = self._names()
         except ValueError as error:
             raise ConfigError(self.option, self.text, f"must have columns in braces, as in {{text}}: {error}") from None
         if not names or not all(name.isidentifier() for name in names):
             raise ConfigError(self.option, self.text, "must have the names of columns in braces, as in {text}")
+
+    def _names(self) -> list[str]:
+        return [name for _, name, _, _ in Formatter().parse(self.text) if name is not None]
 
     @property
     def option(self) -> str:
@@ -37,4 +40,7 @@ class PromptTemplate:
             text = self.text.format_map(row)
         except KeyError as missing:
             raise RequestError(self.option, self.text, f"the row has no column {missing}") from None
+        for name in self._names():
+            if row[name] is None:  # a missing one, in a file of columns
+                raise RequestError(self.option, self.text, f"the row's {name!r} is null")
         return {"messages": [{"role": "user", "content": text}]} if self.chat else {"prompt": text}

@@ -159,6 +159,8 @@ class EngineStage:
         if messages is not None and self._options.render:
             template = {"continue_final_message": is_begun(messages), **self._options.template, "tools": _tools(data)}
             return [self._llm.chat_prompt(messages, **template)]
+        if isinstance(text, list):  # of token ids
+            return [PromptInput(token_ids=text)]
         if text is not None and (ids is None or self._options.tokenize):
             return [PromptInput(text=text, add_special_tokens=messages is None)]  # a chat template has written them
         if ids is not None:
