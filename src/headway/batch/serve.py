@@ -65,6 +65,7 @@ def build_llm_deployment(
         "name": name,
         "max_ongoing_requests": 2 * config.engine_kwargs.get("max_num_seqs", MAX_NUM_SEQS),
         "ray_actor_options": resources,
+        "logging_config": {"enable_access_log": False},  # a line a row
         **serve_options,
     }
     own_threads = "OMP_NUM_THREADS" in (runtime_env or {}).get("env_vars", {})

@@ -18,8 +18,10 @@ from headway.errors import ConfigError, HeadwayError, MissingDependencyError, Re
 
 T = TypeVar("T")
 
-IN_FLIGHT = 256
-"""Requests at a time. Serve itself holds back what is more than the replicas take (max_ongoing_requests)."""
+IN_FLIGHT = 64
+"""Requests at a time where Serve does not say how many the deployment takes."""
+LOOK_S = 5.0
+"""How soon another number of replicas is noticed."""
 MAX_LOST = 5
 """Replicas that may die over one request."""
 _WAIT_S, _MAX_WAIT_S = 0.05, 2.0
@@ -40,11 +42,10 @@ class ServeStage:
     """
 
     name = "serve_deployment"
-    window = 2 * IN_FLIGHT
 
     def __init__(self, config: ServeDeploymentProcessorConfig) -> None:
         self._config = config
-        self._free = IN_FLIGHT
+        self._limit = self._free = 0
         self._waiting: deque[tuple[Row, Done]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._streams: set[str] = set()  # methods
@@ -68,6 +69,13 @@ class ServeStage:
             raise ConfigError("deployment_name", config.deployment_name, accepted)
         self._handle: Any = serve.get_deployment_handle(config.deployment_name, config.app_name)
 
+        await self._look()
+        self._looking = asyncio.get_running_loop().create_task(self._watch())
+
+    @property
+    def window(self) -> int:
+        return 2 * self._limit
+
     def submit(self, rows: list[Row], done: Done) -> None:
         self._waiting.extend((row, done) for row in rows)
         self._start()
@@ -76,11 +84,25 @@ class ServeStage:
         self._waiting.clear()
         for task in self._tasks:
             task.cancel()
+        if self._limit:
+            self._looking.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
+    async def _look(self) -> None:
+        """Sends as many as the replicas take: what is more they would refuse, again and again, at their own expense."""
+        limit = await asyncio.to_thread(_capacity, self._config.app_name, self._config.deployment_name)
+        self._free += limit - self._limit
+        self._limit = limit
+        self._start()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self._look()
+
     def _start(self) -> None:
-        while self._free and self._waiting:
+        while self._free > 0 and self._waiting:
             self._free -= 1
             task = asyncio.get_running_loop().create_task(self._answer(*self._waiting.popleft()))
             self._tasks.add(task)
@@ -137,6 +159,19 @@ class ServeStage:
         streaming = getattr(self._handle.options(stream=True), method)
         items = await _unless_cancelled(streaming.remote(request), _all)
         return columns(items[0]) if len(items) == 1 else {"responses": items}
+
+
+def _capacity(app: str, deployment: str) -> int:
+    """max_ongoing_requests times replicas. Ray's public functions tell the second alone."""
+    try:
+        from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
+
+        client: Any = _get_global_client()
+        details = client.get_serve_details()["applications"][app]["deployments"][deployment]
+        running = sum(replica["state"] == "RUNNING" for replica in details["replicas"])
+        return details["deployment_config"]["max_ongoing_requests"] * max(1, running)
+    except (ImportError, AttributeError, KeyError, TypeError):
+        return IN_FLIGHT
 
 
 async def _unless_cancelled(response: Any, read: Callable[[Any], Awaitable[T]]) -> T:
