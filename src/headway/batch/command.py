@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,6 +24,7 @@ def run(options: BatchOptions, args: EngineArgs) -> int:
 
     Only rows go to the standard output, if they are to go there: the rest is for people.
     """
+    gc.set_threshold(20_000, 20, 50)  # rows are many objects and no cycles
     template = _template(options)
     with build_processor(_config(options, args), preprocess=template) as processor:
         if options.ray is not None:

@@ -122,7 +122,8 @@ class Processor:
         delta: bool = False,
         priority: int = 0,
     ) -> Prepared:
-        self._check_ids("prompt_token_ids", token_ids)
+        if item.text is None or max(token_ids, default=0) >= self._facts.vocab_size:
+            self._check_ids("prompt_token_ids", token_ids)
         self._check_types(item.token_type_ids, len(token_ids))
         if type(priority) is not int:
             raise RequestError("priority", priority, "must be an integer; lower runs first")

@@ -84,7 +84,12 @@ class Tokenizer:
         self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], skip_special_tokens: bool = True
     ) -> str:
         """The text token_ids add to the prompt's: what stream() yields for them, all at once."""
-        return self.decode_in_context(self.context(prompt_token_ids), token_ids, skip_special_tokens)
+        tail, before = self._tail(prompt_token_ids)
+        if tail:
+            text = self.decode([*tail, *token_ids], skip_special_tokens)
+            if text.startswith(before):
+                return text[len(before) :]
+        return self.decode(token_ids, skip_special_tokens)
 
     def stream(self, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> TokenStream:
         """An incremental detokeniser for what follows the prompt."""
@@ -111,9 +116,14 @@ class Tokenizer:
 
     def context(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The prompt's last ordinary tokens, which decide whether the next text starts with a space."""
+        return self._tail(prompt_token_ids)[0]
+
+    def _tail(self, prompt_token_ids: Sequence[int]) -> tuple[list[int], str]:
+        """context(), and its text."""
         tail = [t for t in prompt_token_ids[-4 * CONTEXT_TOKENS :] if t not in self._special_ids][-CONTEXT_TOKENS:]
+        text = self.decode(tail) if tail else ""
         # A prompt may stop inside a character (token-id prompts); its bytes belong to no generated text.
-        return [] if not tail or self.decode(tail).endswith("\ufffd") else tail
+        return ([], "") if text.endswith("\ufffd") else (tail, text)
 
 
 class TokenStream:
