@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
@@ -135,7 +136,26 @@ def in_a_second(request: web.Request) -> web.Response:
     return status(429, **{"Retry-After": format_datetime(when, usegmt=True)})(request)
 
 
-@pytest.mark.parametrize("busy", [status(429, **{"Retry-After": "1"}), in_a_second], ids=["seconds", "date"])
+def in_a_second_of_greenwich(request: web.Request) -> web.Response:
+    when = datetime.now(timezone.utc) + timedelta(seconds=2)
+    return status(503, **{"Retry-After": when.strftime("%a %b %d %H:%M:%S %Y")})(request)
+
+
+@pytest.fixture
+def far_east(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "JST-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_east")
+@pytest.mark.parametrize(
+    "busy",
+    [status(429, **{"Retry-After": "1"}), in_a_second, in_a_second_of_greenwich],
+    ids=["seconds", "date", "asctime"],
+)
 async def test_no_sooner_than_the_server_says(busy: Callable[[web.Request], web.Response]) -> None:
     replies = Replies(busy, ok)
     async with serving(replies) as server:
@@ -183,10 +203,34 @@ async def test_nobody_listens(unused_tcp_port: int) -> None:
     assert row.error and row.error.type == "ClientConnectorError"
 
 
-async def test_an_answer_must_be_json() -> None:
-    async with serving(Replies(status(200, "<html>"))) as server:
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (status(200, "<html>"), "200 the answer is not JSON: <html>"),
+        (status(200, "[" * 100_000), "200 the answer is not JSON: [[["),
+        (status(300, "{}"), "300 Multiple Choices: {}"),
+    ],
+    ids=["html", "deep", "300"],
+)
+async def test_an_answer_must_be_a_2xx_with_json(reply: Callable[[web.Request], web.Response], message: str) -> None:
+    async with serving(Replies(reply)) as server:
         (record,) = await answer(server, [{}], max_retries=5)
-    assert record["error"]["message"] == "200 the answer is not JSON: <html>"
+    assert record["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize("header", ["soon", "\N{SUPERSCRIPT TWO}", "-1", ""])
+async def test_a_retry_after_that_says_nothing_counts_as_none(header: str) -> None:
+    async with serving(Replies(status(503, **{"Retry-After": header}), ok)) as server:
+        (record,) = await answer(server, [{}], max_retries=1, base_retry_wait_time_in_s=0.001)
+    assert record["http_response"] == {"ok": True}
+
+
+async def test_waits_grow_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headway.batch.stages.http.MAX_BACK_OFF_S", 0.002)
+    replies = Replies(status(503))
+    async with serving(replies) as server:
+        await answer(server, [{}], max_retries=40, base_retry_wait_time_in_s=0.0001)
+    assert len(replies.times) == 41
 
 
 async def test_one_bad_row_costs_the_others_nothing() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections import deque
 from collections.abc import Mapping
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from time import time
@@ -16,7 +16,8 @@ import msgspec
 
 from headway.batch.config import HttpRequestProcessorConfig
 from headway.batch.flow import Fail
-from headway.batch.row import Done, Row, RowError
+from headway.batch.row import Row, RowError
+from headway.batch.stages.concurrent import ConcurrentStage, Entry
 from headway.errors import MissingDependencyError, RequestError
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 64
 """Requests at a time, unless http_request_stage.concurrency says another number."""
+MAX_BACK_OFF_S = 60.0
+"""Waits grow no further; of a server's Retry-After all is waited for."""
 _SHOWN = 300
 _PART = {"content", "filename", "content_type"}
 
 
-class HttpStage:
+class HttpStage(ConcurrentStage):
     """payload, a dict, goes out as JSON; http_response, parsed JSON, comes back.
 
     With a value that is bytes or {"content", "filename", "content_type"} it goes out as multipart/form-data. Retried
@@ -40,11 +43,8 @@ class HttpStage:
 
     def __init__(self, config: HttpRequestProcessorConfig) -> None:
         most = config.http_request.concurrency or IN_FLIGHT
+        super().__init__(most if isinstance(most, int) else most[1])
         self._config = config
-        self._free = most if isinstance(most, int) else most[1]
-        self.window = 2 * self._free
-        self._waiting: deque[tuple[Row, Done]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._turn = 0.0  # when the next request may go out, in the loop's time
         self._session: aiohttp.ClientSession | None = None
 
@@ -54,54 +54,32 @@ class HttpStage:
         except ImportError as error:
             message = 'HTTP requests need the package aiohttp: pip install "headway[http]"'
             raise MissingDependencyError(message) from error
-        self._fail = fail
+        await super().open(fail)
         self._lost = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError)
         if self._config.session_factory is not None:
             self._session = self._config.session_factory()
         else:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))  # the limit is ours
 
-    def submit(self, rows: list[Row], done: Done) -> None:
-        self._waiting.extend((row, done) for row in rows)
-        self._start()
-
     async def close(self) -> None:
-        self._waiting.clear()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await super().close()
         session, self._session = self._session, None
         if session is not None:
             await session.close()
 
-    def _start(self) -> None:
-        while self._free and self._waiting:
-            self._free -= 1
-            task = asyncio.create_task(self._answer(*self._waiting.popleft()))
-            self._tasks.add(task)
-            task.add_done_callback(self._finish)
-
-    def _finish(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._free += 1
-        if task.cancelled():
-            return
-        if (error := task.exception()) is not None:
-            self._fail(error)
-        self._start()
-
-    async def _answer(self, row: Row, done: Done) -> None:
+    async def _answer(self, entries: list[Entry]) -> None:
+        ((row, _),) = entries
         config = self._config
+        wait = config.base_retry_wait_time_in_s
         for attempt in range(config.max_retries + 1):
             await self._wait_for_turn()
             row.error = None
             pause = await self._attempt(row)
             if pause is None or attempt == config.max_retries:
                 break
-            back_off = config.base_retry_wait_time_in_s * 2**attempt * random.uniform(0.75, 1.25)
-            await asyncio.sleep(max(pause, back_off))
-        done([row])
+            await asyncio.sleep(max(pause, wait * random.uniform(0.75, 1.25)))
+            wait = max(wait, min(2 * wait, MAX_BACK_OFF_S))
+        self._leave(entries)
 
     async def _wait_for_turn(self) -> None:
         """Evenly spread, and never more than qps: also of retries."""
@@ -125,11 +103,11 @@ class HttpStage:
         except Exception as error:
             row.fail(error, self.name)
             return None
-        if response.ok:
+        if response.status // 100 == 2:
             try:
                 row.data["http_response"] = json.loads(text)
                 return None
-            except ValueError:
+            except (ValueError, RecursionError):
                 what = "the answer is not JSON"
         else:
             what = response.reason or ""
@@ -162,9 +140,8 @@ def _form(fields: Mapping[str, Any]) -> aiohttp.FormData:
             form.add_field(name, value if isinstance(value, str) else _json(value).decode())
             continue
         part = value if isinstance(value, dict) else {"content": value}
-        form.add_field(
-            name, part["content"], filename=part.get("filename", name), content_type=part.get("content_type")
-        )
+        filename = part.get("filename") or name  # null where Arrow has been
+        form.add_field(name, part["content"], filename=filename, content_type=part.get("content_type"))
     return form
 
 
@@ -187,9 +164,10 @@ def _seconds(retry_after: str | None) -> float:
     """The header is a number of seconds or a date."""
     if retry_after is None:
         return 0.0
-    if retry_after.isdigit():
+    if retry_after.isdecimal():
         return float(retry_after)
     try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time())
+        when = parsedate_to_datetime(retry_after)
     except ValueError:
         return 0.0
+    return max(0.0, when.replace(tzinfo=when.tzinfo or timezone.utc).timestamp() - time())
