@@ -11,6 +11,7 @@ from headway.batch.options import BatchOptions
 from headway.bench.options import ExecutorsOptions, LatencyOptions, ProcessorOptions, ThroughputOptions
 from headway.cli.options import Parser, add_options, build
 from headway.config.args import EngineArgs, check_fields, setting
+from headway.server.options import ServeOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,8 @@ class ExplainOptions:
 class Command:
     """words: how it is called. run: "module:function", called as function(own options, engine args) -> exit status.
 
-    skip: engine settings whose names the command's own options take. runner: what it needs of the model.
+    skip: engine settings whose names the command's own options take. runner: what it needs of the model. model_first:
+    the model may be the first word, without --model.
     """
 
     words: str
@@ -46,9 +48,10 @@ class Command:
     engine: bool = True
     skip: tuple[str, ...] = ()
     runner: str | None = None
+    model_first: bool = False
 
     def parser(self) -> Parser:
-        needs = " --model MODEL" if self.engine else ""
+        needs = "" if not self.engine else " MODEL" if self.model_first else " --model MODEL"
         own = " INPUT -o OUTPUT" if self.options is BatchOptions else ""
         usage = f"headway {self.words}{own}{needs} [options]"
         parser = Parser(prog=f"headway {self.words}", usage=usage, description=self.text, allow_abbrev=False)
@@ -59,6 +62,8 @@ class Command:
         return parser
 
     def call(self, words: list[str]) -> int:
+        if self.model_first and words and not words[0].startswith("-"):
+            words = ["--model", *words]
         values = self.parser().parse_exactly(words)
         arguments: list[Any] = []
         if self.options:
@@ -80,6 +85,13 @@ COMMANDS = (
         run="headway.batch.command:run",
         options=BatchOptions,
         skip=("runner",),
+    ),
+    Command(
+        words="serve",
+        text="Answer OpenAI's API over HTTP.",
+        run="headway.server.run:run",
+        options=ServeOptions,
+        model_first=True,
     ),
     Command(words="chat", text="Talk to a model.", run="headway.cli.chat:run", options=ChatOptions, runner="generate"),
     Command(

@@ -1,0 +1,59 @@
+"""The routes of the server."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from time import time
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from headway import __version__
+from headway.server.endpoint import Endpoint
+from headway.server.errors import error_body
+from headway.server.generation import chat, completions
+from headway.server.protocol import ChatRequest, CompletionRequest
+from headway.server.state import State
+
+
+def make_app(state: State) -> Starlette:
+    started = int(time())
+
+    async def models(_: Request) -> Response:
+        return _json({"object": "list", "data": [_model(state, name, started) for name in state.names]})
+
+    async def health(_: Request) -> Response:
+        return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE if state.draining else HTTPStatus.OK)
+
+    async def version(_: Request) -> Response:
+        return _json({"version": __version__})
+
+    routes = [
+        Route("/v1/chat/completions", Endpoint(state, ChatRequest, chat), methods=["POST"]),
+        Route("/v1/completions", Endpoint(state, CompletionRequest, completions), methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/health", health),
+        Route("/ping", health, methods=["GET", "POST"]),
+        Route("/version", version),
+    ]
+    return Starlette(routes=routes, exception_handlers={404: _error, 405: _error})
+
+
+def _model(state: State, name: str, created: int) -> dict[str, object]:
+    length = state.llm.config.model.max_model_len
+    return {"id": name, "object": "model", "created": created, "owned_by": "headway", "max_model_len": length}
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+async def _error(request: Request, error: Exception) -> Response:
+    status = HTTPStatus(getattr(error, "status_code", HTTPStatus.INTERNAL_SERVER_ERROR))
+    message = f"{request.method} {request.url.path}: {status.phrase.lower()}"
+    return Response(
+        error_body(status, message), status, media_type="application/json", headers=getattr(error, "headers", None)
+    )

@@ -1,0 +1,135 @@
+"""One endpoint as an ASGI application: body in, answer or stream of events out, errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from headway.server.errors import ApiError, api_error
+from headway.server.protocol import decode
+from headway.server.state import State
+
+T = TypeVar("T")
+
+Stream = AsyncGenerator[bytes, None]
+Answer = bytes | Stream
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+_JSON = (b"content-type", b"application/json")
+_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class Endpoint(Generic[T]):
+    """A POST of JSON. answer: gives the body of the answer, or events. A client that leaves cancels it."""
+
+    def __init__(self, state: State, kind: type[T], answer: Callable[[State, T], Awaitable[Answer]]) -> None:
+        self._state, self._answer = state, answer
+        self._decoder = msgspec.json.Decoder(kind)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reply = Reply(send)
+        try:
+            body = await read_body(receive, self._state.options.max_body_bytes)
+            await _unless_gone(self._serve(body, reply), receive)
+        except _Gone:
+            pass
+        except Exception as error:
+            await reply.fail(error)
+
+    async def _serve(self, body: bytes, reply: Reply) -> None:
+        request = decode(self._decoder, body)
+        with self._state.room():
+            answer = await self._answer(self._state, request)
+            if isinstance(answer, bytes):
+                await reply.whole(HTTPStatus.OK, answer)
+            else:
+                await reply.stream(answer)
+
+
+class Reply:
+    """The answer to one request, on its way."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = False
+
+    async def whole(self, status: HTTPStatus, body: bytes, headers: Headers | None = None) -> None:
+        length = (b"content-length", str(len(body)).encode())
+        await self._send(
+            {"type": "http.response.start", "status": status, "headers": [_JSON, length, *(headers or ())]}
+        )
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def stream(self, events: Stream) -> None:
+        """Nothing is sent before the first event is there: until then an error still has a status."""
+        async with aclosing(events):
+            async for event in events:
+                if not self._started:
+                    self._started = True
+                    await self._send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": _EVENTS})
+                await self._send({"type": "http.response.body", "body": event, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, error: Exception) -> None:
+        told = api_error(error)
+        if told.status >= HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, ApiError):
+            logging.getLogger("headway").error("a request failed", exc_info=error)
+        if self._started:
+            await self._send({"type": "http.response.body", "body": b"data: " + told.body() + b"\n\n"})
+        else:
+            headers = [(name.encode(), value.encode()) for name, value in told.headers.items()]
+            await self.whole(told.status, told.body(), headers)
+
+
+class _Gone(Exception):
+    """The client has left."""
+
+
+async def read_body(receive: Receive, limit: int) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Gone
+        body += message["body"]
+        if len(body) > limit:
+            raise ApiError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body has more than max_body_bytes={limit}",
+                headers={"connection": "close"},
+            )
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
+    """Raises _Gone, and cancels the work, as soon as the client leaves. The body has been read."""
+    task = asyncio.current_task()
+    assert task is not None
+    left = False
+
+    def leave(gone: asyncio.Future[Any]) -> None:
+        nonlocal left
+        if not gone.cancelled():
+            left = True
+            task.cancel()
+
+    gone = asyncio.ensure_future(receive())
+    gone.add_done_callback(leave)
+    try:
+        await work
+    except asyncio.CancelledError:
+        if left:
+            raise _Gone from None
+        raise
+    finally:
+        gone.cancel()
