@@ -12,7 +12,6 @@ from headway.batch.config import EngineProcessorConfig
 from headway.batch.flow import Flow
 from headway.batch.job import Job, JobOptions, Summary
 from headway.batch.options import BatchOptions
-from headway.batch.params import sampling_params
 from headway.batch.processor import Processor, build_processor
 from headway.batch.stages.engine import EngineStage
 from headway.batch.template import PromptTemplate
@@ -64,13 +63,11 @@ def _template(options: BatchOptions) -> PromptTemplate | None:
 
 
 def _config(options: BatchOptions, args: EngineArgs) -> EngineProcessorConfig:
-    """Refuses sampling that no row can use before anything starts."""
     generates = options.task == "generate"
     sampling: dict[str, Any] = {}
     if generates:
         sampling = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p")}
         sampling |= options.sampling or {}
-        sampling_params(sampling, {})
     args = replace(args, runner="generate" if generates else "pooling")
     given = {name: value for name, value in asdict(args).items() if value is not None and name != "model"}
     return EngineProcessorConfig(

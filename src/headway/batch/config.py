@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, cast
 
+from headway.batch.params import sampling_params
+from headway.config import EngineArgs
+from headway.config.args import check_names
 from headway.errors import ConfigError
 
 Concurrency = int | tuple[int, int]
 S = TypeVar("S", bound="StageConfig")
+N = TypeVar("N", bound="_Named")
+
+
+class _Named:
+    """A field that is not known is a ConfigError."""
+
+    __slots__ = ()
+
+    def __new__(cls: type[N], **settings: Any) -> N:
+        check_names(cls, settings)
+        return object.__new__(cls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageConfig:
+class StageConfig(_Named):
     """A step beside the engine. With any of these set it gets workers of its own, and this is what they are given.
 
     batch_size: rows a call. concurrency: workers (local: threads), or the least and the most of them. num_cpus, memory
@@ -61,7 +75,7 @@ class HttpRequestStageConfig(StageConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessorConfig:
+class ProcessorConfig(_Named):
     """batch_size: rows that a worker on Ray is given at a time. concurrency: workers (engines), or least and most."""
 
     batch_size: int = 32
@@ -102,6 +116,8 @@ class EngineProcessorConfig(ProcessorConfig):
             raise ConfigError("task_type", self.task_type, "must be one of generate, embed, classify, score")
         if "model" in self.engine_kwargs:
             raise ConfigError("engine_kwargs", "model", "the model is model_source")
+        EngineArgs.from_kwargs(model=self.model_source, **self.engine_kwargs)
+        sampling_params(None, self.sampling_params)
 
     @property
     def chat_template(self) -> ChatTemplateStageConfig:
@@ -171,11 +187,8 @@ def stage_config(kind: type[S], name: str, given: object) -> S:
         return kind(enabled=given)
     if not isinstance(given, Mapping):
         raise ConfigError(name, given, f"must be true, false, a dict or a {kind.__name__}")
-    known = [f.name for f in fields(kind)]
-    for key in (settings := cast("Mapping[str, Any]", given)):
-        if key not in known:
-            raise ConfigError(f"{name}.{key}", settings[key], f"unknown; must be one of {', '.join(known)}")
-    return replace(kind(), **settings)
+    check_names(kind, settings := cast("Mapping[str, Any]", given), f"{name}.")
+    return kind(**settings)
 
 
 def _check_counts(config: Any) -> None:
@@ -185,7 +198,7 @@ def _check_counts(config: Any) -> None:
             raise ConfigError(name, value, "must be an integer of at least 1")
     value: Any = config.concurrency
     bounds: Any = (1, value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if value is not None and not (
+    if not (isinstance(config, StageConfig) and value is None) and not (
         isinstance(bounds, (tuple, list))
         and len(cast("list[Any]", bounds)) == 2
         and all(type(n) is int for n in cast("list[Any]", bounds))

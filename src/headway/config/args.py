@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -80,11 +81,16 @@ class EngineArgs:
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
         """As the constructor, but an unknown name is a ConfigError that suggests the nearest known one."""
-        known = [f.name for f in fields(cls)]
-        for name, value in kwargs.items():
-            if name not in known:
-                raise ConfigError(name, value, "unknown setting" + suggestion(name, known))
+        check_names(cls, kwargs)
         return cls(**kwargs)
+
+
+def check_names(owner: type[Any], given: Mapping[str, Any], within: str = "") -> None:
+    """ConfigError for the first that is no field of the dataclass, with the nearest one that is. within: says where."""
+    known = [f.name for f in fields(owner)]
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(within + name, value, "unknown setting" + suggestion(name, known))
 
 
 def suggestion(name: str, known: list[str]) -> str:
