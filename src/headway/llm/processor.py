@@ -14,6 +14,7 @@ from headway.llm.prompts import Prompt, PromptInput, as_input
 from headway.messages import PoolingParams, Request, SamplingParams
 from headway.scheduler.checks import check
 from headway.tokenizers import Tokenizer
+from headway.tokenizers.tokenizer import check_text
 
 Params = SamplingParams | PoolingParams
 P = ParamSpec("P")
@@ -95,9 +96,10 @@ class Processor:
                 yield item if isinstance(item, RequestError) else _tried(prepared, item, next(encoded), one)
 
     def _input(self, prompt: Prompt) -> PromptInput:
-        """Refuses a text that cannot fit before minutes and gigabytes go into its tokens."""
+        """Refuses a text that cannot be encoded, or cannot fit, before gigabytes, or other prompts, go with it."""
         item = as_input(prompt)
         text, limit = item.text or "", self._config.model.max_model_len
+        check_text(text)
         if len(text) > limit and (least := self._tokenizer.fewest_tokens(text)) > limit:
             accepted = f"prompt has at least {least} tokens; max_model_len is {limit}"
             raise RequestError("prompt", f"{len(text)} characters", accepted)

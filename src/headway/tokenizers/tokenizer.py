@@ -66,14 +66,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         for text in texts:
-            _check_text(text)
+            check_text(text)
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
         """Token ids and token type ids of two texts joined the way the model expects (cross-encoders)."""
         for text in (first, second):
-            _check_text(text)
+            check_text(text)
         encoding = self.backend.encode(first, second)
         return encoding.ids, encoding.type_ids
 
@@ -162,7 +162,8 @@ class TokenStream:
         return text
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """RequestError if it cannot be encoded."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,7 @@
-"""Chat template, tokens and text as stages of their own, for jobs that give them workers beside the engine's."""
+"""Chat template, tokens and text as stages of their own, for jobs that give them workers beside the engine's.
+
+A row that lacks what a stage reads passes: it may bring what the stage makes, and if not, the engine's stage says so.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from typing import Any
 
 from headway.batch.row import Row
 from headway.batch.stages.functions import OnRows, each
-from headway.errors import RequestError
 from headway.llm.chat import ChatRenderer, is_begun
 from headway.models.source import resolve_source
 from headway.tokenizers import Tokenizer, load_tokenizer
+from headway.tokenizers.tokenizer import check_text
 
 
 def chat_template(source: str, options: dict[str, Any]) -> OnRows:
@@ -17,9 +20,10 @@ def chat_template(source: str, options: dict[str, Any]) -> OnRows:
     renderer = ChatRenderer(_tokenizer(source))
 
     def change(row: Row) -> None:
-        messages = _column(row, "messages")
-        how: dict[str, Any] = {"continue_final_message": is_begun(messages), **options}
-        row.data["prompt"] = renderer.render(messages, **how)
+        messages, tools = _plain(row, "messages"), _plain(row, "tools")
+        if messages is not None:
+            how: dict[str, Any] = {"continue_final_message": is_begun(messages), **options, "tools": tools or None}
+            row.data["prompt"] = renderer.render(messages, **how)
 
     return each("chat_template", change)
 
@@ -27,10 +31,13 @@ def chat_template(source: str, options: dict[str, Any]) -> OnRows:
 def tokenize(source: str) -> OnRows:
     """prompt to tokenized_prompt."""
     tokenizer = _tokenizer(source)
+    check = each("tokenize", lambda row: check_text(row.data["prompt"]))
 
     def run(rows: list[Row]) -> None:
+        texts = [row for row in rows if isinstance(row.data.get("prompt"), str)]
+        check(texts)
         for special in (True, False):  # a chat template has written the special tokens out
-            some = [row for row in rows if _is_text(row) and ("messages" not in row.data) is special]
+            some = [row for row in texts if row.error is None and (row.data.get("messages") is None) is special]
             encoded = tokenizer.encode_batch([row.data["prompt"] for row in some], special)
             for row, ids in zip(some, encoded, strict=True):
                 row.data["tokenized_prompt"] = ids
@@ -43,8 +50,9 @@ def detokenize(source: str) -> OnRows:
     tokenizer = _tokenizer(source)
 
     def change(row: Row) -> None:
-        prompt = row.data.get("prompt_token_ids", [])
-        row.data["generated_text"] = tokenizer.decode_after(prompt, _column(row, "generated_tokens"), True)
+        if row.data.get("stop_reason") is None and not row.data.get("tool_calls"):  # else the engine has cut it
+            prompt, tokens = row.data.get("prompt_token_ids", []), _plain(row, "generated_tokens")
+            row.data["generated_text"] = tokenizer.decode_after(prompt, tokens, True)
 
     return each("detokenize", change)
 
@@ -53,15 +61,7 @@ def _tokenizer(source: str) -> Tokenizer:
     return load_tokenizer(resolve_source(source, setting="model_source"))
 
 
-def _is_text(row: Row) -> bool:
-    prompt = row.data.get("prompt")
-    if not isinstance(prompt, str):
-        row.fail(RequestError("prompt", prompt, "must be a string"), "tokenize")
-    return row.error is None
-
-
-def _column(row: Row, name: str) -> Any:
-    value = row.data.get(name)
-    if value is None:
-        raise RequestError(name, None, f"the row has only {', '.join(sorted(row.data))}")
+def _plain(row: Row, name: str) -> Any:
+    """Arrow and numpy give lists as arrays."""
+    value: Any = row.data.get(name)
     return value.tolist() if hasattr(value, "tolist") else value
