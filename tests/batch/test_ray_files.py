@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,12 @@ def test_what_ray_cannot_do_is_told(
     job = ["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out"), "--ray", "local", *arguments, *ENGINE]
     assert main(job) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    program = "import sys; sys.modules['ray'] = None\nfrom headway.cli import main; sys.exit(main(sys.argv[1:]))"
+    job = ["batch", "in.jsonl", "-o", "out", "--ray", "local", *ENGINE]
+    command = [sys.executable, "-c", program, *job]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "headway: datasets need Ray Data: pip install 'headway[ray]'\n")

@@ -9,12 +9,13 @@ from typing import Any
 from headway.batch.processor import Processor
 from headway.batch.readers import format_of
 from headway.errors import ConfigError, MissingDependencyError
-from headway.executor.ray.cluster import connection
 
 try:
     import ray.data
     from ray.data.checkpoint import CheckpointConfig
     from ray.data.expressions import col
+
+    from headway.executor.ray.cluster import connection
 except ImportError as missing:
     raise MissingDependencyError("datasets need Ray Data: pip install 'headway[ray]'") from missing
 
