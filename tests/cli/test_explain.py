@@ -37,3 +37,15 @@ def test_a_misspelt_model_is_one_line(capsys, monkeypatch) -> None:
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "did you mean smollm2-135m-instruct?" in said
+
+
+def test_an_executor_of_ones_own_is_looked_for(capsys) -> None:
+    command = ["config", "explain", "--model", "smollm2-135m-instruct", "--distributed-executor-backend"]
+    assert main([*command, "headway.executor.uni:UniExecutor"]) == 0
+    for path, accepted in (
+        ("nowhere:Executor", "cannot be imported (No module named 'nowhere')"),
+        ("headway.executor.uni:Other", "cannot be imported (module 'headway.executor.uni' has no attribute 'Other')"),
+        ("pathlib:Path", "is no executor (see headway.executor.port): it has no start, submit, mask, call, health"),
+    ):
+        assert main([*command, path]) == 2
+        assert f"headway: distributed_executor_backend='{path}': {accepted}" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from headway.config import Choice, EngineArgs, machine_facts, resolve
+from headway.executor import executor_of
 from headway.models.describe import describe
 from headway.models.source import resolve_source
 
@@ -19,6 +20,8 @@ NAME_WIDTH, VALUE_WIDTH, REASON_WIDTH = 30, 24, 66
 def run(options: ExplainOptions, args: EngineArgs) -> int:
     path = resolve_source(args.model, args.revision, load_format=args.load_format)
     config = resolve(args, describe(path), machine_facts(), str(path))
+    if ":" in config.parallel.executor:
+        executor_of(config.parallel.executor)
     print(as_json(config.choices) if options.json else as_table(config.choices))
     return 0
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 
 from headway.config import EngineConfig
 from headway.errors import ConfigError
 from headway.executor.port import Executor, WorkerInfo
 
-__all__ = ["Executor", "WorkerInfo", "make_executor"]
+__all__ = ["Executor", "WorkerInfo", "executor_of", "make_executor"]
 
 _NAMES = {
     "uni": "headway.executor.uni:UniExecutor",
@@ -21,8 +22,12 @@ _METHODS = ("start", "submit", "mask", "call", "health", "close")
 
 
 def make_executor(config: EngineConfig) -> Executor:
-    """The executor that ``parallel.executor`` names: one of _NAMES or an import path "module:Class"."""
-    name = config.parallel.executor
+    """The executor that ``parallel.executor`` names."""
+    return executor_of(config.parallel.executor)(config)
+
+
+def executor_of(name: str) -> Callable[[EngineConfig], Executor]:
+    """One of _NAMES or an import path "module:Class", imported. Raises ConfigError."""
     module, _, attribute = _NAMES.get(name, name).partition(":")
     if not attribute:
         accepted = f"must be one of {', '.join(_NAMES)} or an import path module:Class"
@@ -37,4 +42,4 @@ def make_executor(config: EngineConfig) -> Executor:
     if lacking:
         accepted = f"is no executor (see headway.executor.port): it has no {', '.join(lacking)}"
         raise ConfigError("distributed_executor_backend", name, accepted)
-    return factory(config)
+    return factory
