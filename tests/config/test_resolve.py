@@ -254,15 +254,17 @@ def test_a_max_model_len_that_cannot_be_is_refused() -> None:
     assert "holds 1024 tokens" in refused(max_model_len=2048, kv_cache_memory_bytes=1024 * 23040).accepted
 
 
-def test_no_room_for_a_block_names_the_memory_setting() -> None:
+def test_no_room_for_a_block_names_the_memory_setting_or_the_model() -> None:
     given = refused(kv_cache_memory_bytes=1000)
     assert (given.field, given.accepted) == (
         "kv_cache_memory_bytes",
         "leaves no room for KV cache: one block takes 0.4 MiB",
     )
     automatic = refused(machine=replace(MACHINE, free_memory=1 << 20))
-    assert automatic.field == "kv_cache_memory_bytes"
-    assert "the weights take 257.5 MiB of a rank's 1.0 MiB of free memory, one block takes 0.4 MiB" in str(automatic)
+    assert automatic.field == "model"
+    assert automatic.accepted.startswith(
+        "is too big: the weights take 257.5 MiB of a rank's 1.0 MiB of free memory, and one block takes 0.4 MiB"
+    )
     assert refused(gpu_memory_utilization=0.01).field == "gpu_memory_utilization"
 
 

@@ -216,12 +216,18 @@ def _no_room(args: EngineArgs, budget: int, block: int, weights: int, free: int)
     needed = f"one block takes {_mib(block)}"
     if args.kv_cache_memory_bytes is not None:
         return ConfigError("kv_cache_memory_bytes", budget, f"leaves no room for KV cache: {needed}")
-    left = f"leaves no room for KV cache: the weights take {_mib(weights)} of a rank's {_mib(free)} of free memory"
+    left = f"the weights take {_mib(weights)} of a rank's {_mib(free)} of free memory"
     if args.gpu_memory_utilization is not None:
-        accepted = f"{left}, {needed}; a larger share, or a higher tensor_parallel_size on more nodes, leaves some"
+        accepted = (
+            f"leaves no room for KV cache: {left}, {needed}; a larger share, or a higher tensor_parallel_size "
+            "on more nodes, leaves some"
+        )
         return ConfigError("gpu_memory_utilization", args.gpu_memory_utilization, accepted)
-    accepted = f"{left}, {needed}; free some, split the model over more nodes, or give this setting to go beyond it"
-    return ConfigError("kv_cache_memory_bytes", None, accepted)
+    accepted = (
+        f"is too big: {left}, and {needed} of KV cache; free some, split the model over more nodes, "
+        "or give kv_cache_memory_bytes to go beyond what is free"
+    )
+    return ConfigError("model", args.model, accepted)
 
 
 def _mib(size: int) -> str:
