@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from headway import LLM, SamplingParams
-from headway.errors import ModelError, RequestError
+from headway.errors import ConfigError, ModelError, RequestError
 from headway.models.describe import describe
 from headway.models.source import published_shapes, resolve_source
 
@@ -69,3 +69,12 @@ def test_a_classifier_gives_a_number() -> None:
 def test_without_dummy_weights_a_tokenizer_and_weights_are_needed(config_only: Path) -> None:
     with pytest.raises(ModelError, match=r"has neither model\.safetensors"):
         LLM(str(config_only), **SMALL)
+
+
+@pytest.mark.parametrize("settings", [{"ops": "cpu"}, {"ops": "reference"}, {"distributed_executor_backend": "mp"}])
+def test_a_cache_that_no_machine_has_the_memory_for_names_its_setting(
+    settings: dict[str, str], config_only: Path
+) -> None:
+    asked = {"kv_cache_memory_bytes": 1 << 50, **settings}
+    with pytest.raises(ConfigError, match=r"kv_cache_memory_bytes='\d+ blocks': rank 0 cannot have so much memory"):
+        LLM(str(config_only), load_format="dummy", max_model_len=128, **asked)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from headway.errors import ConfigError
 from headway.messages import PoolingParams, SamplingParams, SlotStart, StepPlan, StepResult, WorkerInfo
 from headway.models.decoder import Decoder
 from headway.models.encoder import Encoder
@@ -66,7 +67,7 @@ class Worker:
             self._runner = EncoderRunner(model, self._batch(vocab_size=0))
         else:
             model = cast("CausalModel", model)
-            kv = model.allocate_kv(config.cache.num_blocks, config.cache.block_size)
+            kv = self._allocate_kv(model)
             program = self._compile(model, ops, kv)
             vocab_size = model.vocab_size
             self._runner = self._decoder_runner(model, kv, program)
@@ -136,6 +137,14 @@ class Worker:
             pipeline_size=parallel.pipeline_parallel_size,
             stage_layers=parallel.stage_layers,
         )
+
+    def _allocate_kv(self, model: CausalModel) -> KVCache:
+        cache = self._config.cache
+        try:
+            return model.allocate_kv(cache.num_blocks, cache.block_size)
+        except (OSError, OverflowError, RuntimeError) as error:
+            accepted = f"rank {self._rank} cannot have so much memory ({error})"
+            raise ConfigError("kv_cache_memory_bytes", f"{cache.num_blocks} blocks", accepted) from error
 
     def _batch(self, vocab_size: int) -> Batch:
         config = self._config
