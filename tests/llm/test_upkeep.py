@@ -125,6 +125,19 @@ def test_weights_that_do_not_fit_are_refused_and_so_are_requests_until_others_do
         assert tokens(llm) == truth[1]
 
 
+@pytest.mark.parametrize("executor", ["uni", "mp"])
+def test_weights_may_be_a_dict_and_what_is_none_of_all_that_is_told(
+    executor: str, checkpoints: Any, settings: Any, truth: Any
+) -> None:
+    with LLM(str(checkpoints[0]), **settings, distributed_executor_backend=executor) as llm:
+        for wrong in (None, 7, [torch.zeros(2)], [("name", "tensor")], {"name": [1.0]}, b"path"):
+            with pytest.raises(ConfigError, match=r"weights=.*: must be a checkpoint's path, or the names and tensors"):
+                llm.update_weights(wrong)  # type: ignore[arg-type]
+        assert tokens(llm) == truth[0]
+        llm.update_weights(dict(pairs(checkpoints[1])))
+        assert tokens(llm) == truth[1]
+
+
 def failing() -> Iterator[tuple[str, torch.Tensor]]:
     raise KeyError("nothing")
     yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,7 +16,7 @@ from headway.scheduler import Scheduler
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Weights = str | PathLike[str] | Iterable[tuple[str, Tensor]]
+    Weights = str | PathLike[str] | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class Upkeep:
@@ -44,12 +44,12 @@ class Upkeep:
         if isinstance(weights, (str, PathLike)):
             self._replace(fspath(weights))
         elif self._executor.in_process:
-            coming = iter(weights)
+            coming = _pairs(weights)
             first = list(islice(coming, 1))  # an iterable that fails at once leaves the weights as they are
             self._replace(chain((first.pop() for _ in range(len(first))), coming))  # and is not held on to
         else:
             with tempfile.TemporaryDirectory(prefix="headway-") as folder:
-                self._replace(_save(weights, Path(folder)))
+                self._replace(_save(_pairs(weights), Path(folder)))
 
     def _replace(self, weights: str | Iterable[tuple[str, Tensor]]) -> None:
         self._executor.call("check_weights", weights if isinstance(weights, str) else None)
@@ -81,6 +81,22 @@ class Upkeep:
     def _check_idle(self) -> None:
         if self._scheduler.has_requests:
             raise EngineError("requests are running: wait for their end, or abort them")
+
+
+def _pairs(weights: Any) -> Iterator[tuple[str, Tensor]]:
+    """As they come, none held on to. Raises ConfigError for what is no pair."""
+    from torch import Tensor
+
+    accepted = "must be a checkpoint's path, or the names and tensors of one: pairs or a dict"
+    if not isinstance(weights, Iterable):
+        raise ConfigError("weights", weights, accepted)
+    for pair in weights.items() if isinstance(weights, Mapping) else weights:
+        match pair:
+            case (str() as name, Tensor() as tensor):
+                yield name, tensor
+                del name, tensor, pair
+            case _:
+                raise ConfigError("weights", pair, accepted)
 
 
 def _save(weights: Iterable[tuple[str, Tensor]], folder: Path) -> str:

@@ -93,10 +93,10 @@ class LLM(Client):
     def update_weights(self, weights: Weights) -> None:
         """Other weights of the same shapes, in the memory of those before, for the calls that follow.
 
-        weights: (name, tensor) pairs with a checkpoint's names, all of them, best in its order: what comes long before
-        its layer is held until then; or a checkpoint's path, which every worker reads. Workers in other processes get
-        pairs through a temporary file. Waits for running calls of other threads. ModelError for weights that do not
-        fit: then requests are refused until an update succeeds.
+        weights: a dict or (name, tensor) pairs with a checkpoint's names, all of them, best in its order: what comes
+        long before its layer is held until then; or a checkpoint's path, which every worker reads. Workers in other
+        processes get tensors through a temporary file. Waits for running calls of other threads. ModelError for weights
+        that do not fit: then requests are refused until an update succeeds.
         """
         with self._turn:
             self._frontend.core.upkeep.update_weights(weights)
