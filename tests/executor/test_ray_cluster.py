@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from headway.config import EngineConfig, ModelConfig, ParallelConfig, RayConfig
-from headway.errors import ConfigError
+from headway.errors import ConfigError, EngineError
 from headway.executor.ray import RayExecutor
 from headway.executor.ray.cluster import connection
 from headway.messages import StepPlan
@@ -85,3 +85,12 @@ def test_a_file_that_hides_ray_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.stderr.endswith(f"needs Ray, but {tmp_path / 'ray.py'} hides it: rename that file\n")
+
+
+def test_a_file_that_would_hide_headway_from_rays_workers_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "headway.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EngineError, match=f"would import {tmp_path / 'headway.py'} in the place of headway"):
+        connection.open("local", 1)

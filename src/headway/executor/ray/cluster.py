@@ -10,11 +10,13 @@ import threading
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from importlib.machinery import PathFinder
 from typing import Any
 
 import ray
 
-from headway.errors import ConfigError
+import headway
+from headway.errors import ConfigError, EngineError
 
 _OBJECT_STORE_BYTES = 80 << 20  # about the least that Ray accepts: no step passes through it
 _ENVIRONMENT = {
@@ -38,6 +40,7 @@ class Connection:
         cpus: what a Ray of our own has at least. True: close() must be called. Raises ConfigError, also where this
         process is connected to another cluster than ``address``.
         """
+        _check_working_directory()
         with self._lock:
             if ray.is_initialized() and address not in (None, "auto", "local"):
                 _check_connected(address)
@@ -97,6 +100,13 @@ def _init(address: str | None, cpus: float) -> None:
             object_store_memory=_OBJECT_STORE_BYTES,
             **settings,
         )
+
+
+def _check_working_directory() -> None:
+    """Ray's workers look for modules there first."""
+    found = PathFinder.find_spec("headway", [os.getcwd()])
+    if found and found.origin and not os.path.samefile(found.origin, headway.__file__):
+        raise EngineError(f"Ray's workers would import {found.origin} in the place of headway: rename that file")
 
 
 def _check_connected(address: str) -> None:
