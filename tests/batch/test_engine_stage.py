@@ -10,22 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.batch.processors import MODEL, SAMPLING, SMALL, processor
 
 from headway import LLM, SamplingParams
-from headway.batch import EngineProcessorConfig, Processor, build_processor
+from headway.batch import Processor
 from headway.batch.engines import Lease
 from headway.batch.row import Row
 from headway.batch.stages.engine import EngineOptions, EngineStage
 from headway.errors import ConfigError, EngineError
-
-MODEL = "smollm2-135m-instruct"
-SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 256, "threads": 1}
-SAMPLING: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
-
-
-def processor(preprocess: Any = None, postprocess: Any = None, **settings: Any) -> Processor:
-    settings = {"model_source": MODEL, "engine_kwargs": SMALL, "sampling_params": SAMPLING, **settings}
-    return build_processor(EngineProcessorConfig(**settings), preprocess, postprocess)
 
 
 def answer(one: Processor, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -90,34 +91,35 @@ def process() -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()
 
 
+def places(process: subprocess.Popen[str], folder: Path, kind: str, step: int) -> Iterator[tuple[int, Workplace]]:
+    """The call at which a run is to be killed, and where."""
+    for point in itertools.count(step, step):
+        (folder / str(point)).mkdir()
+        yield point, Workplace(process, folder / str(point), rows=30, kind=kind)
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("kind", "step"), EVERY)
 def test_a_kill_at_every_call_that_changes_the_disk(process, kind: str, step: int, after: bool, tmp_path: Path) -> None:
     """Each run is killed further on than the run before it; what it committed is not answered again."""
-    point, killed = 0, True
-    while killed:
-        point += step
-        folder = tmp_path / str(point)
-        folder.mkdir()
-        place = Workplace(process, folder, rows=30, kind=kind)
+    point = 0
+    for point, place in places(process, tmp_path, kind, step):
         killed = place.run(crash_at=point, after=after) == KILLED
         place.answered()
         done = place.committed()
         assert place.run() == 0
         assert not done & set(place.answered())
         place.check()
+        if not killed:
+            break
     assert point > 20
 
 
 @pytest.mark.parametrize(("kind", "step"), EVERY)
 def test_a_kill_at_every_call_of_a_retry(process, kind: str, step: int, tmp_path: Path) -> None:
     """The earlier output is there until the new one is; rows that had an answer are not answered again."""
-    point, killed = 0, True
-    while killed:
-        point += step
-        folder = tmp_path / str(point)
-        folder.mkdir()
-        place = Workplace(process, folder, rows=30, kind=kind)
+    point = 0
+    for point, place in places(process, tmp_path, kind, step):
         assert place.run(resume=False) == 0
         place.answered()
         killed = place.run(retry_failed=True, mended=True, crash_at=point) == KILLED
@@ -125,6 +127,8 @@ def test_a_kill_at_every_call_of_a_retry(process, kind: str, step: int, tmp_path
         assert place.run(retry_failed=True, mended=True) == 0
         assert all(failing(i) for i in place.answered())
         place.check(mended=True)
+        if not killed:
+            break
     assert point > 10
 
 

@@ -18,23 +18,15 @@ ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
 from ray.util import placement_group_table  # noqa: E402
+from tests.batch.processors import SMALL, processor  # noqa: E402
 from tests.batch.slow_stage import SlowSpec, fullness  # noqa: E402
 
-from headway.batch import EngineProcessorConfig, Processor, build_processor  # noqa: E402
+from headway.batch import EngineProcessorConfig  # noqa: E402
 from headway.batch.ray.dataset import apply  # noqa: E402
 from headway.batch.specs import FunctionSpec  # noqa: E402
 from headway.batch.stages.functions import preprocess  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("ray_here")
-
-MODEL = "smollm2-135m-instruct"
-SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 256, "threads": 1}
-SAMPLING: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
-
-
-def processor(preprocess: Any = None, postprocess: Any = None, **settings: Any) -> Processor:
-    settings = {"model_source": MODEL, "engine_kwargs": SMALL, "sampling_params": SAMPLING, **settings}
-    return build_processor(EngineProcessorConfig(**settings), preprocess, postprocess)
 
 
 def ask(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ serve = pytest.importorskip("ray.serve")
 pytest.importorskip("ray.data")
 
 from pydantic import BaseModel  # noqa: E402
-from tests.batch.test_ray_dataset import MODEL, SAMPLING, SMALL, ask, keep, numbers, processor, rows_of, wait_until  # noqa: E402
+from tests.batch.processors import MODEL, SAMPLING, SMALL, processor  # noqa: E402
+from tests.batch.test_ray_dataset import ask, keep, numbers, rows_of, wait_until  # noqa: E402
 
 from headway.batch import (  # noqa: E402
     Processor,

@@ -13,18 +13,6 @@ from headway.bench.processor import task_of
 from headway.bench.processor_modes import MODES, Turn, in_flight, turn_of
 from headway.bench.processor_report import Report, Row
 from headway.cli import main
-from headway.models.source import published_shapes
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Options of a model whose weights are random."""
-    path = tmp_path_factory.mktemp("model")
-    config = json.loads((published_shapes()["facebook/opt-125m"] / "config.json").read_text())
-    config |= {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 2, "ffn_dim": 128}
-    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "vocab_size": 500}))
-    return ["--model", str(path), "--load-format", "dummy", "--threads", "1", "--kv-cache-memory-bytes", "10000000"]
-
 
 SIZES = ["--input-len", "40", "--max-tokens", "6", "--num-prompts", "5", "--repeats", "2", "--max-num-seqs", "4"]
 

@@ -10,9 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import pytest
 import torch
 from tests.conformance.cases import EXTERNAL, LOCAL, SCENARIOS, Case
 from tests.conformance.scenarios import NAME, perform
+from tests.executor.torchrun import torchrun
 from tests.models.checkpoints import make_checkpoint, make_model
 
 from headway.config import machine_facts
@@ -62,13 +60,8 @@ class Outcomes:
     def launched(self) -> list[dict[str, Any]]:
         """What each rank of external_launcher says of every case."""
         if not self._launched:
-            with socket.create_server(("", 0)) as server:
-                port = str(server.getsockname()[1])
-            run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
             script = ["-m", "tests.conformance.launched", json.dumps(self._models), str(self._folder)]
-            subprocess.run(
-                [*run, *script], check=True, cwd=ROOT, timeout=110, env={**os.environ, "PYTHONPATH": str(ROOT)}
-            )
+            torchrun(2, script, timeout_s=110, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
             self._launched = [json.loads((self._folder / f"{rank}.json").read_text()) for rank in range(2)]
         return self._launched
 

@@ -15,18 +15,13 @@ import pytest
 
 from headway import LLM, AsyncLLM, SamplingParams
 from headway.errors import EngineDead
-from headway.models.source import published_shapes
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def settings(tiny_opt: Path) -> dict[str, Any]:
     """Of an engine of two ranks, whose model is small and random."""
-    path = tmp_path_factory.mktemp("model")
-    config = json.loads((published_shapes()["facebook/opt-125m"] / "config.json").read_text())
-    config |= {"hidden_size": 64, "word_embed_proj_dim": 64, "num_attention_heads": 2, "ffn_dim": 128}
-    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "vocab_size": 500}))
     small = {"load_format": "dummy", "threads": 1, "kv_cache_memory_bytes": 10_000_000}
-    return {"model": str(path), **small, "distributed_executor_backend": "mp", "tensor_parallel_size": 2}
+    return {"model": str(tiny_opt), **small, "distributed_executor_backend": "mp", "tensor_parallel_size": 2}
 
 
 def gone(pids: list[int], limit_s: float = 20) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,28 @@ import pytest
 from headway.cli import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+Said = Callable[..., str]
 
 
 def said_by(name: str, where: Path) -> str:
     done = subprocess.run([sys.executable, EXAMPLES / name], cwd=where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def said_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Said:
+    """In this process, which has torch already; of the topics, so many."""
+    monkeypatch.chdir(tmp_path)
+    topics = (EXAMPLES / "data" / "python_topics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "data").mkdir()
+
+    def run(name: str, count: int = len(topics)) -> str:
+        (tmp_path / "data" / "python_topics.jsonl").write_text("".join(topics[:count]))
+        runpy.run_path(str(shutil.copy(EXAMPLES / name, tmp_path)), run_name="__main__")
+        return capfd.readouterr().out
+
+    return run
 
 
 def test_every_example_is_run() -> None:
@@ -28,8 +47,8 @@ def test_every_example_is_run() -> None:
     ("name", "words"),
     [("generate.py", "Paris"), ("chat.py", "2: "), ("stream.py", "[sea]"), ("embed.py", "The continue statement")],
 )
-def test_it_says_what_it_found(name: str, words: str, tmp_path: Path) -> None:
-    assert words in said_by(name, tmp_path)
+def test_it_says_what_it_found(name: str, words: str, said_here: Said) -> None:
+    assert words in said_here(name)
 
 
 def test_a_job_on_this_machine_answers_every_row_and_is_not_done_twice(tmp_path: Path) -> None:
@@ -54,14 +73,14 @@ def test_the_demo_shows_questions_and_their_answers(tmp_path: Path, capfd: pytes
     assert "Q: The three most important things" in said
 
 
-def test_second_turns_are_cached(tmp_path: Path) -> None:
-    said = said_by("shared_engine.py", tmp_path)
+def test_second_turns_are_cached(said_here: Said) -> None:
+    said = said_here("shared_engine.py", 6)
     percent = next(int(line.partition("%")[0]) for line in said.splitlines() if "prefix cache" in line)
     assert percent > 50
 
 
-def test_rows_get_labels(tmp_path: Path) -> None:
-    said = said_by("classify.py", tmp_path).splitlines()
+def test_rows_get_labels(said_here: Said) -> None:
+    said = said_here("classify.py", 6).splitlines()
     labels = [label for part in said[-1].split(", ") for _, _, label in (part.partition(" x "),)]
     assert set(labels) <= {"statement", "operator", "data type"}
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Generator
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.executor.torchrun import free_port, torchrun
 from tests.models.checkpoints import make_checkpoint
 
 from headway import LLM, SamplingParams
@@ -167,21 +167,14 @@ for rank in range(4):
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
 def said(folder: Path, rank: int) -> dict[str, Any]:
     return json.loads((folder / f"{rank}.json").read_text())
 
 
-def torchrun(folder: Path, size: int, script: str, *args: str) -> list[dict[str, Any]]:
-    """What each rank has told."""
+def told(folder: Path, size: int, script: str, *args: str) -> list[dict[str, Any]]:
+    """What each rank under torchrun has told."""
     (folder / "script.py").write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    launch += ["--master-port", str(free_port()), str(folder / "script.py"), str(folder), *args]
-    subprocess.run(launch, check=True, timeout=120)
+    torchrun(size, [str(folder / "script.py"), str(folder), *args])
     return [said(folder, rank) for rank in range(size)]
 
 
@@ -204,7 +197,7 @@ def launched(folder: Path, script: str, *args: str, size: int = 2) -> Generator[
 
 
 def test_ranks_under_torchrun_agree_and_give_the_same_outputs(tmp_path: Path) -> None:
-    ranks = torchrun(tmp_path, 2, TOGETHER)
+    ranks = told(tmp_path, 2, TOGETHER)
 
     for rank in ranks:
         for refused, name in zip(rank["refused"], ("seed", "async_scheduling", "enforce_eager"), strict=True):
@@ -270,7 +263,7 @@ def test_four_ranks_take_new_weights_and_generate_what_one_does(tmp_path: Path, 
         with LLM(str(path), tokenizer=str(smollm2_gguf), threads=1, max_model_len=128, max_num_seqs=4) as llm:
             expected.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
     assert expected[0] != expected[1]
-    ranks = torchrun(tmp_path, 4, UPDATED, str(first), str(tmp_path / "other"), str(smollm2_gguf))
+    ranks = told(tmp_path, 4, UPDATED, str(first), str(tmp_path / "other"), str(smollm2_gguf))
     assert [rank["tokens"] for rank in ranks] == [expected] * 4
 
 

@@ -135,14 +135,14 @@ def test_an_encoder_refuses_what_it_cannot_do() -> None:
         assert minilm.embed("x")[0].data == before
 
 
-def test_a_revision_of_a_local_model_is_refused(smollm2_path: Path) -> None:
+def test_a_revision_of_a_local_model_is_refused(smollm2_gguf: Path) -> None:
     with pytest.raises(ConfigError, match="revision='v2': is for hub ids"):
-        LLM(str(smollm2_path), revision="v2")
+        LLM(str(smollm2_gguf), revision="v2")
 
 
-def test_the_tokenizer_may_come_from_elsewhere(smollm2_path: Path, minilm_path: Path) -> None:
-    with LLM(str(smollm2_path), tokenizer=str(minilm_path), max_model_len=64, max_num_seqs=1) as llm:
+def test_the_tokenizer_may_come_from_elsewhere(smollm2_gguf: Path, minilm_dir: Path) -> None:
+    with LLM(str(smollm2_gguf), tokenizer=str(minilm_dir), max_model_len=64, max_num_seqs=1) as llm:
         assert llm.tokenizer.vocab_size == 30522
         assert llm.generate("hello", GREEDY)[0].prompt_token_ids == [101, 7592, 102]
     with pytest.raises(ModelError, match=r"tokenizer='./absent/deep'"):
-        LLM(str(smollm2_path), tokenizer="./absent/deep")
+        LLM(str(smollm2_gguf), tokenizer="./absent/deep")

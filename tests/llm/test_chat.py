@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,29 +44,22 @@ def renderer(tokenizer: Tokenizer) -> ChatRenderer:
     return ChatRenderer(tokenizer)
 
 
-@pytest.fixture(scope="module")
-def reference(smollm2_path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
-
-
 @pytest.mark.parametrize("template", [None, *TEMPLATES.values()], ids=["the model's", *TEMPLATES])
 @pytest.mark.parametrize("messages", [[USER], CONVERSATION])
 @pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("tools", [None, TOOLS])
 def test_renders_as_transformers_does(
-    renderer: ChatRenderer, reference: Any, template: str | None, messages: Any, prompt: bool, tools: Any
+    renderer: ChatRenderer, transformers_tokenizer: Any, template: str | None, messages: Any, prompt: bool, tools: Any
 ) -> None:
-    expected = reference.apply_chat_template(
+    expected = transformers_tokenizer.apply_chat_template(
         messages, tools=tools, chat_template=template, add_generation_prompt=prompt, tokenize=False
     )
     assert renderer.render(messages, tools=tools, chat_template=template, add_generation_prompt=prompt) == expected
 
 
-def test_a_final_message_is_continued_as_transformers_does(renderer: ChatRenderer, reference: Any) -> None:
+def test_a_final_message_is_continued_as_transformers_does(renderer: ChatRenderer, transformers_tokenizer: Any) -> None:
     messages = [USER, {"role": "assistant", "content": "The answer is"}]
-    expected = reference.apply_chat_template(messages, continue_final_message=True, tokenize=False)
+    expected = transformers_tokenizer.apply_chat_template(messages, continue_final_message=True, tokenize=False)
     assert renderer.render(messages, continue_final_message=True) == expected
     assert expected.endswith("The answer is")
 

@@ -26,8 +26,8 @@ def test_the_generation_configuration_is_the_default(tmp_path: Path) -> None:
     assert default_sampling(path) == SamplingParams(temperature=0.6, top_p=0.9, top_k=20, max_tokens=32)
 
 
-def test_a_checkpoint_without_one_has_the_usual_defaults(tmp_path: Path, smollm2_path: Path) -> None:
-    assert default_sampling(tmp_path) == default_sampling(smollm2_path) == SamplingParams()
+def test_a_checkpoint_without_one_has_the_usual_defaults(tmp_path: Path, smollm2_gguf: Path) -> None:
+    assert default_sampling(tmp_path) == default_sampling(smollm2_gguf) == SamplingParams()
 
 
 def test_a_value_no_request_may_have_is_the_checkpoints_error(tmp_path: Path) -> None:

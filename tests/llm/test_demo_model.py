@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -98,12 +99,12 @@ def test_similar_sentences_score_higher(minilm: LLM) -> None:
     assert near.data[0] > far.data[0] + 0.3
 
 
-def test_embeddings_equal_transformers(minilm: LLM, minilm_path: str) -> None:
+def test_embeddings_equal_transformers(minilm: LLM, minilm_dir: Path) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
     texts = ["How do I bake bread?", "A longer sentence, with ünïcödé in it.", "x"]
-    tokenizer, model = AutoTokenizer.from_pretrained(minilm_path), AutoModel.from_pretrained(minilm_path)
+    tokenizer, model = AutoTokenizer.from_pretrained(minilm_dir), AutoModel.from_pretrained(minilm_dir)
     for text, output in zip(texts, minilm.embed(texts), strict=True):
         with torch.no_grad():
             hidden = model(**tokenizer(text, return_tensors="pt", padding=False)).last_hidden_state[0]

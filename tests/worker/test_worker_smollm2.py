@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,15 +60,11 @@ def test_seeded_samples_do_not_depend_on_chunks_or_company(driver: Driver) -> No
     assert len(set(together[0])) > 5
 
 
-def test_log_probabilities_equal_transformers(driver: Driver, smollm2_gguf: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+def test_log_probabilities_equal_transformers(driver: Driver, transformers_smollm2: Any) -> None:
     sequence = driver.add(0, PROMPTS[0], sampling=SamplingParams(temperature=0, logprobs=5, prompt_logprobs=5))
     driver.generate(16)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
-    ).eval()
     with torch.inference_mode():
-        expected = torch.log_softmax(reference(torch.tensor([sequence.tokens])).logits[0].double(), -1)
+        expected = torch.log_softmax(transformers_smollm2(torch.tensor([sequence.tokens])).logits[0].double(), -1)
     rows = sequence.prompt_logprobs + sequence.logprobs
     assert sequence.output == expected[len(PROMPTS[0]) - 1 : -1].argmax(-1).tolist()
     for position, row in enumerate(rows):
