@@ -375,10 +375,10 @@ def test_interrupted_waiting_leaves_the_executor_usable(make: Make) -> None:
 def test_an_interrupted_start_does_not_wait_for_the_other_processes(make: Make) -> None:
     files, main_thread = open_files(), threading.get_ident()
     executor = make(20, "hangs@0", start_timeout_s=60)
-    processes = executor._launcher._processes  # pyright: ignore
+    children_started = executor._launcher._children  # pyright: ignore
 
     def interrupt() -> None:
-        while not processes:
+        while not children_started:
             time.sleep(0.001)
         signal.pthread_kill(main_thread, signal.SIGINT)
 
@@ -387,7 +387,7 @@ def test_an_interrupted_start_does_not_wait_for_the_other_processes(make: Make) 
     with pytest.raises(KeyboardInterrupt):
         executor.start()
     interrupting.join()
-    assert len(processes) < 20
+    assert len(children_started) < 20
     assert (open_files(), children()) == (files, [])
 
 

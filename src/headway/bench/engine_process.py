@@ -23,7 +23,7 @@ from typing import IO, Any, ClassVar, Generic, TypeVar
 import msgspec
 
 from headway.errors import EngineError
-from headway.executor.mp import own_modules
+from headway.executor.child import own_modules
 
 CLOSE_S = 20.0
 

@@ -1,22 +1,16 @@
-"""One worker process a rank, on the engine's node.
-
-A process gets its descriptors by inheritance and its ticket through a pipe, whose other end closes when the engine's
-process ends, however it ends; the kernel's parent-death signal does the same where the pipe was copied by a fork.
-"""
+"""One worker process a rank, on the engine's node. They end with the engine's process (child.py)."""
 
 from __future__ import annotations
 
 import os
 import select
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 
 from headway.config import EngineConfig
 from headway.errors import EngineDead
+from headway.executor.child import Child, spawn
 from headway.executor.launcher import WORKER, Placement, Ticket
 from headway.executor.remote import RemoteExecutor
 
@@ -35,9 +29,7 @@ class MpLauncher:
     name = "mp"
 
     def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._pipes: list[int] = []
-        self._pidfds: list[int] = []
+        self._children: list[Child] = []
         self._thread: threading.Thread | None = None
         self._closing = False
 
@@ -59,48 +51,31 @@ class MpLauncher:
             return
         self._thread.join(timeout)
         self._closing = True
-        for process in self._processes:
-            process.kill()
+        self._kill()
         self._thread.join()
 
     def _run(self, tickets: list[Ticket], died: Callable[[int, int | None], None], started: Future[None]) -> None:
         try:
             for ticket in tickets:
-                self._spawn(ticket)
+                self._children.append(spawn("headway.executor.worker_process", ticket.encode(), ticket.fds))
                 if self._closing:
                     raise EngineDead("the executor was closed")
         except BaseException as error:
-            for process in self._processes:
-                process.kill()
+            self._kill()
             started.set_exception(error)
         else:
             started.set_result(None)
         self._await_ends(died)
-        for pipe in self._pipes:
-            os.close(pipe)
+        for child in self._children:
+            child.link.close()
 
-    def _spawn(self, ticket: Ticket) -> None:
-        read_end, write_end = os.pipe()
-        self._pipes.append(write_end)
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "headway.executor.worker_process", str(read_end)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[read_end, *ticket.fds],
-                env=own_modules(),
-                start_new_session=True,  # Ctrl-C in a terminal is for the engine's process to act on
-            )
-        finally:
-            os.close(read_end)
-        self._pidfds.append(os.pidfd_open(process.pid))  # before anybody can kill it: Popen.kill may reap
-        self._processes.append(process)
-        data = ticket.encode()
-        with suppress(BrokenPipeError):  # it has died already, which is told like any other death
-            os.write(write_end, len(data).to_bytes(4, "little") + data)
+    def _kill(self) -> None:
+        for child in self._children:
+            child.process.kill()
 
     def _await_ends(self, died: Callable[[int, int | None], None]) -> None:
         poller = select.poll()
-        ranks = {pidfd: rank for rank, pidfd in enumerate(self._pidfds)}
+        ranks = {child.pidfd: rank for rank, child in enumerate(self._children)}
         for pidfd in ranks:
             poller.register(pidfd, select.POLLIN)
         while ranks:
@@ -108,9 +83,4 @@ class MpLauncher:
                 poller.unregister(pidfd)
                 os.close(pidfd)
                 rank = ranks.pop(pidfd)
-                died(rank, self._processes[rank].wait())
-
-
-def own_modules() -> dict[str, str]:
-    """This process's environment, with its own search path for modules, and nothing from the current directory."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+                died(rank, self._children[rank].process.wait())

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
-import threading
 from collections import deque
 from importlib import import_module
 from typing import Protocol
@@ -14,11 +10,10 @@ from typing import Protocol
 from headway.errors import EngineError
 from headway.executor.channel import wire
 from headway.executor.channel.shared import WorkerEnd
+from headway.executor.child import Parent
 from headway.executor.failure import failure_of
 from headway.executor.launcher import Ticket
 from headway.messages import StepPlan
-
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
 class Link(Protocol):
@@ -131,34 +126,11 @@ def _answer(worker: object, call: wire.Call) -> bytes:
 
 
 def main() -> None:
-    """The program: its argument is the descriptor of a pipe with the ticket, which closes when the engine ends."""
-    pipe = int(sys.argv[1])
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    data = _read(pipe, int.from_bytes(_read(pipe, 4), "little"))
-    threading.Thread(target=_await_end, args=(pipe,), name="headway-parent", daemon=True).start()
-    ticket = Ticket.decode(data)
-    libc.prctl(_PR_SET_NAME, f"headway-rank{ticket.rank}".encode())
-    status = run(ticket)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # to take torch down in order takes a second, and the process is gone anyway
-
-
-def _read(pipe: int, size: int) -> bytes:
-    """Raises EOFError where the engine's process ended before."""
-    data = b""
-    while len(data) < size:
-        if not (more := os.read(pipe, size - len(data))):
-            raise EOFError("the engine has ended")
-        data += more
-    return data
-
-
-def _await_end(pipe: int) -> None:
-    while os.read(pipe, 1):
-        pass
-    os._exit(1)
+    """The program that headway.executor.child starts."""
+    parent = Parent()
+    ticket = Ticket.decode(parent.ticket)
+    parent.watch(f"headway-rank{ticket.rank}")
+    parent.leave(run(ticket))
 
 
 if __name__ == "__main__":
