@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-READY = re.compile(r"headway: (http://\S+) serves")
+READY = re.compile(r"headway: (\S+) serves")
 START_S = 120
 
 
@@ -41,6 +41,8 @@ class Served:
             self.process.kill()
             raise
         self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
         return status
 
     def _read(self) -> None:

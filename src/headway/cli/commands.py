@@ -9,7 +9,7 @@ from typing import Any
 
 from headway.batch.options import BatchOptions
 from headway.bench.options import ExecutorsOptions, LatencyOptions, ProcessorOptions, ThroughputOptions
-from headway.cli.options import Parser, add_options, build
+from headway.cli.options import Parser, add_options, build, read_config
 from headway.config.args import EngineArgs, check_fields, setting
 from headway.server.options import ServeOptions
 
@@ -64,6 +64,8 @@ class Command:
     def call(self, words: list[str]) -> int:
         if self.model_first and words and not words[0].startswith("-"):
             words = ["--model", *words]
+        if self.options is ServeOptions:
+            words = read_config(words)
         values = self.parser().parse_exactly(words)
         arguments: list[Any] = []
         if self.options:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
 from headway.config.args import Kind, kinds, suggestion
-from headway.errors import UserError
+from headway.errors import ConfigError, UserError
 
 
 class UsageError(UserError):
@@ -47,6 +47,36 @@ def json_object(word: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{word!r}: must be a JSON object")
     return value
+
+
+def read_config(words: list[str]) -> list[str]:
+    """The words with those of ``--config FILE`` before them, so that the command line has the last say.
+
+    The file is YAML: options by their names, with or without dashes.
+    """
+    finder = Parser(prog="headway", add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    found, rest = finder.parse_known_args(words)
+    if found.config is None:
+        return words
+    import yaml
+
+    try:
+        with open(found.config) as file:
+            given = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("config", found.config, f"cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError("config", found.config, "must be a mapping of options to values")
+    return [word for name, value in given.items() for word in _words(str(name), value)] + rest
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no-{name}")]
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return [] if value is None else [f"{flag(name)}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def flag(name: str) -> str:

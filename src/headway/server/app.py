@@ -12,9 +12,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from headway import __version__
+from headway.server.access import middleware
 from headway.server.endpoint import Endpoint
 from headway.server.errors import error_body
 from headway.server.generation import chat, completions
+from headway.server.metrics import exposition
 from headway.server.protocol import ChatRequest, CompletionRequest
 from headway.server.state import State
 
@@ -31,6 +33,10 @@ def make_app(state: State) -> Starlette:
     async def version(_: Request) -> Response:
         return _json({"version": __version__})
 
+    async def metrics(_: Request) -> Response:
+        text = exposition(state.names[0], state.llm.metrics(), state.stats)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
     routes = [
         Route("/v1/chat/completions", Endpoint(state, ChatRequest, chat), methods=["POST"]),
         Route("/v1/completions", Endpoint(state, CompletionRequest, completions), methods=["POST"]),
@@ -38,8 +44,9 @@ def make_app(state: State) -> Starlette:
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/version", version),
+        Route("/metrics", metrics),
     ]
-    return Starlette(routes=routes, exception_handlers={404: _error, 405: _error})
+    return Starlette(routes=routes, exception_handlers={404: _error, 405: _error}, middleware=middleware(state.options))
 
 
 def _model(state: State, name: str, created: int) -> dict[str, object]:

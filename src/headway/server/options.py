@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from headway.config.args import check_fields, setting
+from headway.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions:
     """Raises ConfigError on a value out of range."""
 
+    config: str | None = setting(text="YAML file of options, as mapping of their names to values; flags go before it")
     host: str = setting("127.0.0.1", text="address to listen on; 0.0.0.0 is every interface")
     port: int = setting(8000, text="TCP port; 0 takes a free one", low=0, high=65535)
+    uds: str | None = setting(text="listen on this unix socket instead of a TCP port")
+    root_path: str = setting("", text="where a proxy in front of the server has put it, such as /llm")
+    api_key: str | None = setting(text="clients must send it as a bearer token (default: HEADWAY_API_KEY, if set)")
+    allowed_origins: str | None = setting(text="web pages of these origins may call (CORS); comma-separated, or *")
+    ssl_certfile: str | None = setting(text="PEM file of the server's certificate: HTTPS")
+    ssl_keyfile: str | None = setting(text="PEM file of its key, if it is not in the certificate's")
+    ssl_ca_certs: str | None = setting(text="PEM file: clients must have a certificate from one of these authorities")
     shutdown_timeout: float = setting(
         30.0, text="seconds that running requests have to finish after SIGTERM or Ctrl-C", low=0
     )
@@ -21,3 +31,11 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError("ssl_keyfile", self.ssl_keyfile, "needs ssl_certfile")
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+            path = getattr(self, name)
+            if path is not None and not os.access(path, os.R_OK):
+                raise ConfigError(name, path, "cannot be read")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ConfigError("root_path", self.root_path, "must start with /")

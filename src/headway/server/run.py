@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Generator
+from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -20,11 +24,13 @@ from headway.server.app import make_app
 from headway.server.options import ServeOptions
 from headway.server.state import State
 
+CLOSE_S = 1
+"""For what is still on its way to clients at the end."""
+
 
 def run(options: ServeOptions, args: EngineArgs) -> int:
     """Exit status 0 after SIGTERM or Ctrl-C, 1 if the engine has failed."""
-    listener = _listen(options)
-    with listener:
+    with _listening(options) as listener:
         llm = AsyncLLM(**asdict(args))
         try:
             return uvloop.run(_serve(llm, options, listener))
@@ -33,11 +39,19 @@ def run(options: ServeOptions, args: EngineArgs) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours."""
+    """Signals are ours. ready: said once it listens."""
+
+    def __init__(self, config: uvicorn.Config, ready: str) -> None:
+        super().__init__(config)
+        self._ready = ready
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._ready, file=sys.stderr, flush=True)
 
 
 async def _serve(llm: AsyncLLM, options: ServeOptions, listener: socket.socket) -> int:
@@ -50,34 +64,81 @@ async def _serve(llm: AsyncLLM, options: ServeOptions, listener: socket.socket) 
         log_level="warning",
         access_log=False,
         server_header=False,
+        root_path=options.root_path,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+        ssl_ca_certs=options.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if options.ssl_ca_certs else ssl.CERT_NONE,
+        timeout_graceful_shutdown=CLOSE_S,
     )
-    server = _Server(config)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    server = _Server(config, f"headway: {_url(options, listener)} serves {state.names[0]}")
+    signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
     serving = asyncio.create_task(server.serve([listener]))
-    host, port = listener.getsockname()[:2]
-    print(f"headway: http://{host}:{port} serves {state.names[0]}", file=sys.stderr, flush=True)
-    await asyncio.wait({serving, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    try:
-        await asyncio.wait_for(state.drain(), options.shutdown_timeout)
-    except asyncio.TimeoutError:
-        print(f"headway: {state.running} requests did not end in time", file=sys.stderr)
-    server.should_exit = True
-    server.config.timeout_graceful_shutdown = 1
+    await _first(serving, signals.get())
+    if not serving.done():
+        await _first(state.drain(), signals.get(), asyncio.sleep(options.shutdown_timeout))
+        if state.running:
+            print(f"headway: ends with {state.running} requests unfinished", file=sys.stderr)
+        server.should_exit = True
     await serving
     return 0
 
 
-def _listen(options: ServeOptions) -> socket.socket:
+async def _first(*these: Coroutine[Any, Any, object] | asyncio.Task[None]) -> None:
+    """Until one of them ends; the coroutines among the others are cancelled."""
+    tasks = [one if isinstance(one, asyncio.Task) else asyncio.ensure_future(one) for one in these]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for given, task in zip(these, tasks):
+        if given is not task:
+            task.cancel()
+
+
+def _url(options: ServeOptions, listener: socket.socket) -> str:
+    if options.uds is not None:
+        return f"unix:{options.uds}"
+    host, port = listener.getsockname()[:2]
+    scheme = "http" if options.ssl_certfile is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextmanager
+def _listening(options: ServeOptions) -> Generator[socket.socket]:
     """Before the model loads: a port that is taken is said at once."""
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listener = socket.socket(family)
+    if options.uds is None:
+        with _listen(options) as listener:
+            yield listener
+        return
+    with _listen_unix(options.uds) as listener:
+        try:
+            yield listener
+        finally:
+            os.unlink(options.uds)
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((options.host, options.port))
     except OSError as error:
         listener.close()
         raise ConfigError("port", options.port, f"cannot listen on {options.host}: {error.strerror}") from error
+    return listener
+
+
+def _listen_unix(path: str) -> socket.socket:
+    """A socket that a server left behind is taken over; one that a server listens on is not."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if os.path.exists(path):
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(path) != errno.ECONNREFUSED:
+                    raise FileExistsError(errno.EEXIST, "it exists, and is no socket that was left behind")
+            os.unlink(path)
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise ConfigError("uds", path, f"cannot listen there: {error.strerror}") from error
     return listener

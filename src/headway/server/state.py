@@ -13,6 +13,7 @@ import msgspec
 from headway.llm import AsyncLLM
 from headway.messages import SamplingParams
 from headway.server.errors import ApiError
+from headway.server.metrics import RequestStats
 from headway.server.options import ServeOptions
 
 RETRY_AFTER_S = 1
@@ -27,6 +28,7 @@ class State:
     names: list[str]
     running: int = 0
     draining: bool = False
+    stats: RequestStats = field(default_factory=RequestStats)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     chat_defaults: SamplingParams = field(init=False)
     completion_defaults: SamplingParams = field(init=False)
