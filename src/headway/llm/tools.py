@@ -18,10 +18,14 @@ _Parse = Callable[[str], tuple[str, list[Any]]]
 
 
 class ToolParser:
-    """For the models of one chat template. known: whether the template teaches a notation that is known."""
+    """For the models of one chat template. known: whether the template teaches a notation that is known.
+
+    mark: what calls begin with. opener: what a text that is all calls may begin with instead; empty if nothing.
+    """
 
     def __init__(self, chat_template: str) -> None:
-        self._parse = next((parse for mark, parse in _NOTATIONS.items() if mark in chat_template), None)
+        self.mark = next((mark for mark in _NOTATIONS if mark in chat_template), "")
+        self.opener, self._parse = _NOTATIONS.get(self.mark, ("", None))
 
     @property
     def known(self) -> bool:
@@ -34,7 +38,7 @@ class ToolParser:
         try:
             content, calls = self._parse(text)
             return content.strip() if calls else text, [_call(text, i, call) for i, call in enumerate(calls)]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return text, []
 
 
@@ -63,7 +67,11 @@ def _bare(text: str) -> tuple[str, list[Any]]:
     return before, calls
 
 
-_NOTATIONS: dict[str, _Parse] = {"<tool_call>": _tagged, "[TOOL_CALLS]": _listed, "<|python_tag|>": _bare}
+_NOTATIONS: dict[str, tuple[str, _Parse]] = {
+    "<tool_call>": ("", _tagged),
+    "[TOOL_CALLS]": ("[", _listed),
+    "<|python_tag|>": ("{", _bare),
+}
 
 
 def _call(text: str, place: int, call: Any) -> dict[str, Any]:
