@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +139,62 @@ def test_an_empty_file_has_no_rows(name: str, tmp_path: Path) -> None:
 def test_lines_are_counted_with_or_without_a_last_newline(text: str, lines: int, tmp_path: Path) -> None:
     (tmp_path / "in").write_text(text)
     assert count_lines(tmp_path / "in") == lines
+
+
+def test_a_digest_is_of_a_csv_files_header_too(tmp_path: Path) -> None:
+    first, other = (read(save_text(tmp_path / name, f"{name}\n1\n")) for name in ("a.csv", "b.csv"))
+    assert first[0].digest != other[0].digest
+
+
+def save_text(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_what_an_earlier_csv_output_says_of_errors_is_dropped(tmp_path: Path) -> None:
+    text = "id,error.type,error.message,error.stage\n1,ValueError,m,s\n"
+    assert [row.data for row in read(save_text(tmp_path / "in.csv", text))] == [{"id": "1"}]
+
+
+def test_rows_of_a_program_that_cannot_be_read_say_why() -> None:
+    odd: list[Any] = ["text", {"id": 2**70}, {"id": "\ud800"}, {"id": 3}]
+    bad, *others = open_reader(odd)
+    assert bad.error and bad.error.message == "row 1: must be a mapping, not str"
+    assert [row.data for row in others] == odd[1:]
+    assert len({row.digest for row in others}) == 3
+
+
+@pytest.mark.parametrize("name", ["in.parquet", "in.arrow"])
+def test_a_stored_row_with_a_value_beyond_pythons_is_one_with_an_error(name: str, tmp_path: Path) -> None:
+    table = pa.table({"id": range(3), "day": pa.array([0, 10**7, 1], pa.date32())})
+    well, bad, last = read(written(tmp_path / name, table))
+    assert bad.error and bad.error.message.startswith("row 2: column 'day': ")
+    assert bad.source == {"id": 1}
+    assert (well.data["id"], last.data["id"]) == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["in.parquet", "in.arrow"])
+def test_what_is_no_stored_file_is_refused(name: str, tmp_path: Path) -> None:
+    for content in (b"", b"id,text\n"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"is no (Parquet|Arrow) file"):
+            open_reader(tmp_path / name)
+    twice = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
+    with pytest.raises(ConfigError, match="different names"):
+        open_reader(written(tmp_path / name, twice))
+
+
+def test_null_in_parameters_of_a_file_of_columns_is_not_given(tmp_path: Path) -> None:
+    rows = [{"sampling_params": {"n": 2}, "tools": [{"a": 1}]}, {"sampling_params": {"seed": 1}, "tools": [{"b": 2}]}]
+    table = pa.Table.from_pylist(rows)
+    assert [row.data for row in read(written(tmp_path / "in.parquet", table))] == rows
+
+
+def test_a_socket_may_be_the_standard_input() -> None:
+    probe = "from headway.batch.readers import open_reader; print([row.data for row in open_reader('-')])"
+    here, there = socket.socketpair()
+    with here, there:
+        here.sendall(b'{"a": 1}\n')
+        here.shutdown(socket.SHUT_WR)
+        said = subprocess.check_output([sys.executable, "-c", probe], stdin=there.fileno(), text=True)
+    assert said == "[{'a': 1}]\n"

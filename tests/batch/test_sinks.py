@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import socket
+import subprocess
+import sys
+import tempfile
 from datetime import datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +92,22 @@ def test_columns_passed_through_keep_their_types(kind: str, tmp_path: Path) -> N
     assert table.to_pylist()[2] == {**row, "new": 1.5, "error": None}
 
 
+@pytest.mark.parametrize("kind", [pa.list_(pa.int8()), pa.large_list(pa.float32()), pa.list_(pa.float32(), 1)])
+def test_lists_passed_through_keep_their_types(kind: pa.DataType, tmp_path: Path) -> None:
+    write(tmp_path / "o.arrow", [{"a": [1]}, {"a": None}], types=pa.schema({"a": kind}))
+    assert stored(tmp_path / "o.arrow").schema.field("a").type == kind
+
+
+def test_rows_that_were_held_keep_their_types(tmp_path: Path) -> None:
+    """They are decoded, and encoded again."""
+    sink = open_sink(str(tmp_path / "o.parquet"), "parquet")
+    held = sink.encode([{"embeddings": np.array([0.5], np.float32)}])
+    write_again = open_sink(str(tmp_path / "o.parquet"), "parquet")
+    write_again.append(write_again.encode(list(write_again.decode(held))))
+    write_again.finish()
+    assert stored(tmp_path / "o.parquet").schema.field("embeddings").type == pa.list_(pa.float32())
+
+
 def test_a_column_that_a_stage_replaced_has_its_new_type(tmp_path: Path) -> None:
     types = pa.schema({"a": pa.int8(), "chat": pa.list_(pa.struct({"role": pa.string()}))})
     write(tmp_path / "o.parquet", [{"a": "text", "chat": [{"role": "user", "content": "c"}]}], types=types)
@@ -110,6 +132,14 @@ def test_types_are_those_that_all_rows_have_in_common(kind: str, tmp_path: Path)
     assert table.schema.field("tokens").type == pa.list_(pa.int64())
 
 
+@pytest.mark.parametrize("large", [2**60 + 1, Decimal("1.1")])
+def test_values_that_no_common_type_holds_are_text(large: Any, tmp_path: Path) -> None:
+    write(tmp_path / "o.parquet", [{"n": 1.5, "m": 1}], [{"n": large, "m": 2}])
+    table = stored(tmp_path / "o.parquet")
+    assert [json.loads(value) for value in table["n"].to_pylist()] == [1.5, json.loads(json.dumps(large, default=str))]
+    assert table["m"].to_pylist() == [1, 2]
+
+
 def test_a_schema_is_the_same_whether_rows_failed_or_not(tmp_path: Path) -> None:
     write(tmp_path / "o.parquet", [{"a": 1}])
     whole = stored(tmp_path / "o.parquet").schema
@@ -127,6 +157,33 @@ def test_arrays_are_stored(tmp_path: Path) -> None:
     (tmp_path / "o.parquet").unlink()
     sink = write(tmp_path / "o.jsonl", [row])
     assert list(sink.published()) == [{"embeddings": [0.5, 1.0], "matrix": [[0.0], [0.0]], "scalar": 3}]
+
+
+def test_single_precision_has_the_fewest_digits_that_read_back_the_same(tmp_path: Path) -> None:
+    values = np.array([0.1, 1 / 3, 16777217, -1.1e-20, 3e38, 1e-45, 0, np.pi, np.inf], np.float32)
+    many = np.random.default_rng(0).normal(0, 0.05, 2000).astype(np.float32)
+    sink = write(tmp_path / "o.jsonl", [{"a": values, "b": values[1], "many": many}])
+    (row,) = sink.published()
+    assert row["a"][:3] == [0.1, 0.33333334, 16777216.0]
+    assert (row["b"], row["a"][-1]) == (0.33333334, None)  # JSON has no infinity
+    assert (np.array(row["a"][:-1], np.float32) == values[:-1]).all()
+    assert row["many"] == [float(str(one)) for one in many]
+
+
+def test_moments_of_pandas_are_stored(tmp_path: Path) -> None:
+    moment = pa.scalar(1600000000123456789, pa.timestamp("ns")).as_py()
+    (row,) = write(tmp_path / "o.jsonl", [{"when": moment}]).published()
+    assert row == {"when": "2020-09-13T12:26:40.123456789"}
+
+
+def test_csv_holds_any_text(tmp_path: Path) -> None:
+    """In a process of its own: how long a cell may be is a setting of all of it."""
+    probe = (
+        "import sys; from headway.batch.sinks import open_sink; sink = open_sink(sys.argv[1], 'csv')\n"
+        "row = {'a': 'carriage\\rreturn', 'b': '\\r', 'c': 'x' * 200_000}; sink.append(sink.encode([row]))\n"
+        "sink.finish(); assert [{**row}] == list(sink.published())"
+    )
+    subprocess.run([sys.executable, "-c", probe, tmp_path / "o.csv"], check=True)
 
 
 def test_small_pieces_are_one_row_group(tmp_path: Path) -> None:
@@ -168,6 +225,27 @@ def test_a_pipe_has_a_row_as_soon_as_it_is_written(tmp_path: Path) -> None:
     assert os.read(reader, 100) == b'{"a":1}\n'
     sink.finish()
     os.close(reader)
+
+
+def test_the_standard_output_goes_on_where_it_is(tmp_path: Path) -> None:
+    """In a file that others write, too; and it may be a socket."""
+    probe = (
+        "from headway.batch.sinks import open_sink; sink = open_sink('-', 'jsonl')\n"
+        "sink.append(sink.encode([{'a': 1}])); sink.finish()"
+    )
+    (tmp_path / "o").write_text("before\n")
+    with (tmp_path / "o").open("a") as file:
+        subprocess.run([sys.executable, "-c", probe], stdout=file, check=True)
+    assert (tmp_path / "o").read_text() == 'before\n{"a":1}\n'
+    here, there = socket.socketpair()
+    with here, there:
+        subprocess.run([sys.executable, "-c", probe], stdout=there.fileno(), check=True)
+        assert here.recv(100) == b'{"a":1}\n'
+
+
+def test_a_file_in_memory_is_a_file() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        write(Path(folder) / "o.jsonl", [{"a": 1}])
 
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,12 @@ def test_text_parts_are_joined(renderer: ChatRenderer) -> None:
     assert text == "one\ntwo"
 
 
+def test_a_field_that_is_null_is_not_there(renderer: ChatRenderer) -> None:
+    messages = [{**USER, "tool_calls": None}, {"role": "tool", "content": "x", "tool_call_id": "1"}]
+    template = "{% for message in messages %}{{ message | list | join(' ') }};{% endfor %}"
+    assert renderer.render(messages, chat_template=template) == "role content;role content tool_call_id;"
+
+
 def test_tool_arguments_reach_the_template_as_objects(renderer: ChatRenderer) -> None:
     call = {"function": {"name": "look", "arguments": '{"at": "sky"}'}}
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]

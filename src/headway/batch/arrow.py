@@ -9,8 +9,10 @@ from typing import Any
 
 import msgspec
 
+from headway.batch.readers import InputRow, numbered
+from headway.batch.row import OPEN_COLUMNS, without_nulls
 from headway.batch.sinks import ERROR_FIELDS, FileSink, Record, json_default
-from headway.errors import MissingDependencyError
+from headway.errors import ConfigError, MissingDependencyError
 
 try:
     import pyarrow as pa
@@ -41,7 +43,11 @@ class Streams:
         return buffer.getvalue().to_pybytes()
 
     def decode(self, content: bytes) -> Iterator[Record]:
+        """What is decoded here is encoded again: its columns keep their types."""
         for batch in batches(pa.BufferReader(content)):
+            for field in batch.schema:
+                if not pa.types.is_null(field.type):
+                    self._types.setdefault(field.name, field.type)
             yield from batch.to_pylist()
 
     def _column(self, name: str, values: list[Any]) -> pa.Array:
@@ -60,12 +66,25 @@ class Streams:
 
 def _fits(values: list[Any], known: pa.DataType) -> bool:
     """False if a struct would lose what has no field in the known type."""
-    if not (pa.types.is_struct(known) or pa.types.is_list(known) or pa.types.is_large_list(known)):
+    if not pa.types.is_nested(known):
         return True
     try:
-        return merged([known, pa.infer_type(values)]) == known
+        return _covers(known, pa.infer_type(values))
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         return True
+
+
+def _covers(known: pa.DataType, seen: pa.DataType) -> bool:
+    if pa.types.is_struct(known) and pa.types.is_struct(seen):
+        fields = [(known.get_field_index(field.name), field.type) for field in seen]
+        return all(at >= 0 and _covers(known.field(at).type, kind) for at, kind in fields)
+    if _is_list(known) and _is_list(seen):
+        return _covers(known.value_type, seen.value_type)
+    return True
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def as_text(value: Any) -> str | None:
@@ -106,6 +125,13 @@ class ArrowSink(FileSink):
     def _write(self, partial: Path, target: Path) -> None:
         with pa.OSFile(str(partial)) as rows:
             schema = self._schema(rows)
+        while True:
+            try:
+                return self._write_as(schema, partial, target)
+            except _UnfitError as unfit:
+                schema = schema.set(unfit.column, pa.field(schema.field(unfit.column).name, pa.string()))
+
+    def _write_as(self, schema: pa.Schema, partial: Path, target: Path) -> None:
         with pa.OSFile(str(partial)) as rows, _writer(self._kind, target, schema) as writer:
             for group in _groups(batches(rows), schema):
                 writer.write_table(group)
@@ -126,7 +152,7 @@ class ArrowSink(FileSink):
         return kind.value_type if self._kind == "arrow" and pa.types.is_dictionary(kind) else kind
 
     def published(self) -> Iterator[Record]:
-        for batch in stored_batches(self.path, self._kind):
+        for batch in StoredReader(self.path, self._kind).batches():
             yield from batch.to_pylist()
 
 
@@ -148,13 +174,24 @@ def _groups(source: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.
         yield pa.Table.from_batches(held)
 
 
+class _UnfitError(Exception):
+    """A column has values that its rows' common type cannot hold: large integers beside fractions."""
+
+    def __init__(self, column: int) -> None:
+        super().__init__(column)
+        self.column = column
+
+
 def _with_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    columns = [
-        _cast(batch.column(field.name), field.type)
-        if field.name in batch.schema.names
-        else pa.nulls(batch.num_rows, field.type)
-        for field in schema
-    ]
+    columns: list[pa.Array] = []
+    for i, field in enumerate(schema):
+        known = field.name in batch.schema.names
+        try:
+            columns.append(_cast(batch[field.name], field.type) if known else pa.nulls(batch.num_rows, field.type))
+        except pa.ArrowException:
+            if pa.types.is_string(field.type):
+                raise
+            raise _UnfitError(i) from None
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -166,24 +203,69 @@ def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
     return pa.array(column.to_pylist(), kind)
 
 
-def stored_batches(path: Path, kind: str, rows: int = 1024) -> Iterator[pa.RecordBatch]:
+class StoredReader:
     """Of a Parquet or Arrow IPC file, in order, a few rows in memory at a time."""
-    if kind == "parquet":
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=rows)
-        return
-    with pa.OSFile(str(path)) as source:
-        file = pa.ipc.open_file(source)
-        for i in range(file.num_record_batches):
-            batch = file.get_batch(i)
-            yield from (batch.slice(at, rows) for at in range(0, batch.num_rows, rows))
+
+    waits = once = False
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self._path, self._kind = path, kind
+        try:
+            self.types: pa.Schema = self._schema()
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError("input", str(path), f"is no {kind.capitalize()} file: {error}") from None
+        if len(set(self.types.names)) < len(self.types.names):
+            raise ConfigError("input", str(path), f"columns must have different names, not {self.types.names}")
+
+    def __iter__(self) -> Iterator[InputRow]:
+        try:
+            yield from numbered(row for batch in self.batches() for row in _rows(batch))
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError("input", str(self._path), f"cannot be read: {error}") from None
+
+    def count(self) -> int | None:
+        if self._kind == "parquet":
+            return pq.read_metadata(self._path).num_rows
+        return sum(batch.num_rows for batch in self.batches())
+
+    def batches(self, rows: int = 1024) -> Iterator[pa.RecordBatch]:
+        if self._kind == "parquet":
+            with pq.ParquetFile(self._path) as file:
+                yield from file.iter_batches(batch_size=rows)
+            return
+        with pa.memory_map(str(self._path)) as source:
+            file = pa.ipc.open_file(source)
+            for i in range(file.num_record_batches):
+                batch = file.get_batch(i)
+                yield from (batch.slice(at, rows) for at in range(0, batch.num_rows, rows))
+
+    def _schema(self) -> pa.Schema:
+        if self._kind == "parquet":
+            return pq.read_schema(self._path)
+        with pa.memory_map(str(self._path)) as source:
+            return pa.ipc.open_file(source).schema
 
 
-def stored_schema(path: Path, kind: str) -> tuple[pa.Schema, int]:
-    """And the number of rows."""
-    if kind == "parquet":
-        with pq.ParquetFile(path) as file:
-            return file.schema_arrow, file.metadata.num_rows
-    with pa.OSFile(str(path)) as source:
-        file = pa.ipc.open_file(source)
-        return file.schema, sum(file.get_batch(i).num_rows for i in range(file.num_record_batches))
+def _rows(batch: pa.RecordBatch) -> Iterator[tuple[Record, str | None]]:
+    """Columns, and what is wrong with them: a date after the year 9999, a text that is none."""
+    try:
+        rows = [(row, None) for row in batch.to_pylist()]
+    except (ValueError, OverflowError):
+        rows = [_cells(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    for name in OPEN_COLUMNS:
+        if name in batch.schema.names:
+            for row, _ in rows:
+                if name in row:
+                    row[name] = without_nulls(row[name])
+    return iter(rows)
+
+
+def _cells(row: pa.RecordBatch) -> tuple[Record, str | None]:
+    columns: Record = {}
+    problem = None
+    for name in row.schema.names:
+        try:
+            columns[name] = row[name][0].as_py()
+        except (ValueError, OverflowError) as error:
+            problem = f"column {name!r}: {error}"
+    return columns, problem

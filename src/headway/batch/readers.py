@@ -6,13 +6,15 @@ import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast
 from zlib import crc32
 
 import msgspec
 
 from headway.batch.row import Row, RowError
+from headway.batch.sinks import ERROR_COLUMNS, LONGEST_CELL
 from headway.errors import ConfigError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -27,14 +29,14 @@ FORMATS = {
     ".feather": "arrow",
 }
 
-LONGEST_CELL = 1 << 30
+STDIN = Path("/dev/stdin")
 
 
 @dataclass(slots=True, eq=False)
 class InputRow(Row):
     """place: "line 7" of a text file, else "row 7"; both count from 1. digest: a CRC of the input up to its end.
 
-    A column ``error`` is dropped: it says how a row of the output went.
+    A column ``error``, or in CSV those that it becomes, is dropped: it says how a row of an earlier output went.
     """
 
     unit: str = "row"
@@ -63,8 +65,8 @@ class Reader(Protocol):
         ...
 
 
-class JsonLinesReader:
-    """Blank lines are skipped."""
+class _TextReader:
+    """Of a file, or of a pipe, which can be read once."""
 
     types = None
 
@@ -72,9 +74,17 @@ class JsonLinesReader:
         self._path = path
         self.waits = self.once = not path.is_file()
 
+    def _open(self) -> BinaryIO:
+        """What is no file may be a socket, which has no path to open."""
+        return open(os.dup(0) if self.once and self._path == STDIN else self._path, "rb")
+
+
+class JsonLinesReader(_TextReader):
+    """Blank lines are skipped."""
+
     def __iter__(self) -> Iterator[InputRow]:
         decoder, index, digest = msgspec.json.Decoder(), 0, 0
-        with self._path.open("rb") as lines:
+        with self._open() as lines:
             for number, line in enumerate(lines, start=1):
                 text = (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip()
                 if text:
@@ -90,36 +100,29 @@ def _parsed(decoder: msgspec.json.Decoder[Any], text: bytes, index: int, number:
     try:
         fields = decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return _unreadable(index, number, digest, f"not JSON: {error}")
+        return _row(index, "line", number, digest, {}, f"not JSON: {error}")
     if type(fields) is not dict:
-        problem = f"must be a JSON object, not {type(fields).__name__}"
-        return _unreadable(index, number, digest, problem)
+        return _row(index, "line", number, digest, {}, f"must be a JSON object, not {type(fields).__name__}")
     return _row(index, "line", number, digest, cast("dict[str, Any]", fields))
 
 
-def _row(index: int, unit: str, number: int, digest: int, source: dict[str, Any]) -> InputRow:
+def _row(
+    index: int, unit: str, number: int, digest: int, source: dict[str, Any], problem: str | None = None
+) -> InputRow:
+    """problem: why it could not be read, or not all of it; it may have no columns, so its error says where it is."""
     source.pop("error", None)
-    return InputRow(index, dict(source), source, unit=unit, number=number, digest=digest)
+    row = InputRow(index, dict(source), source, unit=unit, number=number, digest=digest)
+    if problem is not None:
+        row.error = RowError("InvalidRow", f"{row.place}: {problem}", "read")
+    return row
 
 
-def _unreadable(index: int, number: int, digest: int, problem: str) -> InputRow:
-    """It has no columns, so its error says where it is."""
-    error = RowError("InvalidRow", f"line {number}: {problem}", "read")
-    return InputRow(index, {}, {}, error, unit="line", number=number, digest=digest)
-
-
-class CsvReader:
+class CsvReader(_TextReader):
     """The first row names the columns; every value is text."""
-
-    types = None
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.waits = self.once = not path.is_file()
 
     def __iter__(self) -> Iterator[InputRow]:
         csv.field_size_limit(LONGEST_CELL)  # 128 kB otherwise; a setting of the whole process
-        with self._path.open(encoding="utf-8-sig", newline="") as file:
+        with TextIOWrapper(self._open(), "utf-8-sig", newline="") as file:
             cells = csv.reader(file)
             try:
                 yield from self._rows(cells)
@@ -127,18 +130,20 @@ class CsvReader:
                 raise ConfigError("input", str(self._path), f"after line {cells.line_num}: no CSV: {error}") from None
 
     def _rows(self, cells: Any) -> Iterator[InputRow]:
-        names, index, digest = next(cells, []), 0, 0
+        names, index = next(cells, []), 0
         if len(set(names)) < len(names):
             raise ConfigError("input", str(self._path), f"columns must have different names, not {names}")
+        digest = crc32("\0".join(names).encode())
         for row in cells:
             if not row:
                 continue
             digest = crc32("\0".join(row).encode(), digest)
             if len(row) == len(names):
-                yield _row(index, "line", cells.line_num, digest, dict(zip(names, row)))
+                source = {name: cell for name, cell in zip(names, row) if name not in ERROR_COLUMNS}
+                yield _row(index, "line", cells.line_num, digest, source)
             else:
                 problem = f"has {len(row)} cells, the first row {len(names)}"
-                yield _unreadable(index, cells.line_num, digest, problem)
+                yield _row(index, "line", cells.line_num, digest, {}, problem)
             index += 1
 
     def count(self) -> int | None:
@@ -152,50 +157,50 @@ class IterableReader:
     """Rows that are mappings already."""
 
     waits = False
+    types = None
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], count: int | None = None, types: Any = None) -> None:
-        self._rows, self.types = rows, types
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._rows = rows
         self.once = isinstance(rows, Iterator)
-        self._count = len(rows) if count is None and isinstance(rows, Sized) else count
 
     def __iter__(self) -> Iterator[InputRow]:
-        encoder, digest = msgspec.msgpack.Encoder(enc_hook=repr), 0
-        for index, row in enumerate(self._rows):
-            digest = crc32(encoder.encode(row), digest)
-            yield _row(index, "row", index + 1, digest, dict(row))
+        return numbered(map(_mapping, self._rows))
 
     def count(self) -> int | None:
-        return self._count
+        return len(self._rows) if isinstance(self._rows, Sized) else None
 
 
-class _StoredRows:
-    """Of a Parquet or Arrow file, some in memory at a time; iterable many times."""
+def _mapping(row: object) -> tuple[dict[str, Any], str | None]:
+    if isinstance(row, Mapping):
+        return dict(cast("Mapping[str, Any]", row)), None
+    return {}, f"must be a mapping, not {type(row).__name__}"
 
-    def __init__(self, path: Path, kind: str) -> None:
-        self._path, self._kind = path, kind
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        from headway.batch.arrow import stored_batches
-
-        for batch in stored_batches(self._path, self._kind):
-            yield from batch.to_pylist()
+def numbered(rows: Iterable[tuple[dict[str, Any], str | None]]) -> Iterator[InputRow]:
+    """Of columns, and of what is wrong with them."""
+    encoder, digest = msgspec.msgpack.Encoder(enc_hook=repr), 0
+    for index, (columns, problem) in enumerate(rows):
+        try:
+            digest = crc32(encoder.encode(columns), digest)
+        except (OverflowError, UnicodeEncodeError):  # integers of more than 64 bits, texts that are none
+            digest = crc32(repr(columns).encode(errors="backslashreplace"), digest)
+        yield _row(index, "row", index + 1, digest, columns, problem)
 
 
 def open_reader(source: str | Path | Iterable[Mapping[str, Any]], kind: str | None = None) -> Reader:
     """Of a file's path, "-" for the standard input, or rows. kind: one of FORMATS' (default: by the file's name)."""
     if not isinstance(source, (str, Path)):
         return IterableReader(source)
-    path = Path("/dev/stdin" if source == "-" else source)
+    path = STDIN if source == "-" else Path(source)
     if not path.exists() or path.is_dir():
         raise ConfigError("input", str(source), "is a directory" if path.is_dir() else "no such file")
     if not os.access(path, os.R_OK):
         raise ConfigError("input", str(source), "cannot be read: permission denied")
     kind = kind or format_of(path)
     if kind in ("parquet", "arrow"):
-        from headway.batch.arrow import stored_schema
+        from headway.batch.arrow import StoredReader
 
-        types, count = stored_schema(path, kind)
-        return IterableReader(_StoredRows(path, kind), count, types)
+        return StoredReader(path, kind)
     return CsvReader(path) if kind == "csv" else JsonLinesReader(path)
 
 

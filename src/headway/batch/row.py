@@ -49,4 +49,15 @@ class Row:
         return {**self.source, "error": {"type": error.type, "message": error.message, "stage": error.stage}}
 
 
+OPEN_COLUMNS = ("sampling_params", "pooling_params", "request_kwargs", "tools")
+"""Objects whose fields differ from row to row. Arrow's rows share a struct: null is what a row did not give."""
+
+
+def without_nulls(value: Any) -> Any:
+    """Of the fields of objects, however deep."""
+    if isinstance(value, dict):
+        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
 Done = Callable[[list[Row]], None]

@@ -6,9 +6,10 @@ import csv
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TextIO, cast
 
 import msgspec
+import numpy as np
 
 from headway.batch import durable
 from headway.batch.row import Row
@@ -16,7 +17,13 @@ from headway.errors import ConfigError
 
 Record = dict[str, Any]
 
+STDOUT = Path("/dev/stdout")
+
 ERROR_FIELDS = ("type", "message", "stage")
+ERROR_COLUMNS = tuple(f"error.{field}" for field in ERROR_FIELDS)
+"""Of CSV."""
+
+LONGEST_CELL = 1 << 30
 
 
 class Codec(Protocol):
@@ -57,10 +64,27 @@ class Sink(Codec, Protocol):
 
 
 def json_default(value: Any) -> Any:
-    """For what JSON does not know: arrays and scalars of numpy and torch."""
+    """For what JSON does not know: arrays and scalars of numpy and torch, moments and durations of pandas."""
+    if getattr(value, "dtype", None) == np.float32:
+        return _decimals(value)
     if hasattr(value, "tolist"):
         return value.tolist()
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
     raise TypeError(f"a value of type {type(value).__name__} cannot be stored")
+
+
+def _decimals(value: Any) -> Any:
+    """Doubles with the fewest digits, from 7 to 9, that read back as the same float32."""
+    exact = np.asarray(value, np.float64)
+    found = exact
+    with np.errstate(all="ignore"):  # zeros, infinities
+        magnitude = np.floor(np.log10(np.abs(exact)))
+        for digits in (9, 8, 7):
+            scale = 10.0 ** (digits - 1 - magnitude)
+            rounded = np.rint(exact * scale) / scale
+            found = np.where(rounded.astype(np.float32) == value, rounded, found)
+    return found.tolist()
 
 
 class JsonLines:
@@ -100,6 +124,7 @@ class FileSink:
         self._partial.append(content)
 
     def finish(self) -> None:
+        self._partial.sync()
         self._partial.close()
         if self._partial.path.exists():
             self._publish(self._partial.path)
@@ -146,18 +171,29 @@ class CsvSink(FileSink):
         names = dict.fromkeys(name for row in self._lines.read(partial) for name in row)
         names.pop("error", None)
         with target.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*names, *(f"error.{field}" for field in ERROR_FIELDS)])
+            writer = csv.writer(_UnixLines(file))
+            writer.writerow([*names, *ERROR_COLUMNS])
             for row in self._lines.read(partial):
                 error = cast(Record, row.get("error") or {})
                 cells = [*(row.get(name) for name in names), *(error.get(field) for field in ERROR_FIELDS)]
                 writer.writerow(map(_cell, cells))
 
     def published(self) -> Iterator[Record]:
+        csv.field_size_limit(LONGEST_CELL)
         with self.path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
-                error = {field: row.pop(f"error.{field}", "") for field in ERROR_FIELDS}
+                error = {field: row.pop(column, "") for field, column in zip(ERROR_FIELDS, ERROR_COLUMNS)}
                 yield {**row, "error": error} if error["type"] else {**row}
+
+
+class _UnixLines:
+    """csv quotes a carriage return only if its own lines end in one."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, line: str) -> None:
+        self._file.write(line[:-2] + "\n")
 
 
 def _cell(value: Any) -> str:
@@ -172,10 +208,10 @@ class PipeSink:
     chunk = 1
     partial = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int) -> None:
         lines = JsonLines()
         self.path, self.encode, self.decode = path, lines.encode, lines.decode
-        self._descriptor = os.open(path, os.O_WRONLY)
+        self._descriptor = descriptor
 
     def record(self, row: Row) -> Record:
         return row.record()
@@ -197,13 +233,16 @@ def open_sink(name: str, kind: str, types: Any = None) -> Sink:
 
     "-" is the standard output. Raises ConfigError if nothing can be written there.
     """
-    path = Path("/dev/stdout" if name == "-" else name)
+    path = STDOUT if name == "-" else Path(name)
     if path.is_dir():
         raise ConfigError("output", name, "is a directory; must be a file")
-    if path.is_relative_to("/dev") or (path.exists() and not path.is_file()):
+    if path == STDOUT or (path.exists() and not path.is_file()):
         if kind != "jsonl":
             raise ConfigError("output_format", kind, "only jsonl can be written to a pipe")
-        return PipeSink(path)
+        try:  # a file that the standard output is has a place where it goes on
+            return PipeSink(path, os.dup(1) if path == STDOUT else os.open(path, os.O_WRONLY))
+        except OSError as error:
+            raise ConfigError("output", name, f"cannot be written: {error.strerror}") from None
     path = path.resolve()  # what a link points to is replaced, not the link
     if not path.parent.is_dir():
         raise ConfigError("output", name, "cannot be written: No such file or directory")

@@ -100,7 +100,8 @@ def _check_message(field: str, message: Any) -> dict[str, Any]:
         raise RequestError(f"{field}.role", role, "must be a string such as system, user, assistant or tool")
     if content is None and not message.get("tool_calls"):
         raise RequestError(f"{field}.content", content, "must be a string or a list of text parts")
-    checked = {**message, "content": _text(f"{field}.content", content)}
+    given = {name: value for name, value in message.items() if value is not None}  # a file of columns has them all
+    checked = {**given, "content": _text(f"{field}.content", content)}
     if message.get("tool_calls"):
         checked["tool_calls"] = _parse_arguments(f"{field}.tool_calls", message["tool_calls"])
     return checked

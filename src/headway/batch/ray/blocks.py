@@ -8,29 +8,43 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
+from ray.data.extensions import ArrowTensorArray
 
-from headway.batch.row import Row, RowError
+from headway.batch.row import OPEN_COLUMNS, Row, RowError, without_nulls
 from headway.batch.sinks import ERROR_FIELDS, json_default
 
 PACKED = "__headway_rows"
-"""The one column between two operators of a processor: rows as they are, whatever Arrow would make of their values."""
+"""Beside the input's columns, between two operators of a processor: what is new of a row, and its error."""
 
 _ERROR = pa.struct([(name, pa.string()) for name in ERROR_FIELDS])
-_PARAMS = ("sampling_params", "pooling_params", "request_kwargs")
 _encoder = msgspec.json.Encoder(enc_hook=json_default)
 
 
 def rows_of(block: pa.Table) -> list[Row]:
     """A row of an earlier processor that has failed there comes in with its error."""
-    if block.column_names == [PACKED]:
-        return [Row(i, *pickle.loads(row)) for i, row in enumerate(block[PACKED].to_pylist())]
-    return [_row(i, source) for i, source in enumerate(block.to_pylist())]
+    if PACKED not in block.column_names:
+        return [_row(i, source) for i, source in enumerate(block.to_pylist())]
+    rows = rows_of(block.drop_columns([PACKED]))
+    for row, packed in zip(rows, block[PACKED].to_pylist()):
+        new, gone, row.error = pickle.loads(packed)
+        row.data = {name: value for name, value in (row.data | new).items() if name not in gone}
+    return rows
 
 
-def pack(rows: Sequence[Row]) -> pa.Table:
-    packed = [pickle.dumps((row.data, row.source, row.error), pickle.HIGHEST_PROTOCOL) for row in rows]
-    return pa.table({PACKED: pa.array(packed, pa.large_binary())})
+def pack(rows: Sequence[Row], block: pa.Table) -> pa.Table:
+    """block: what the rows were made from. Of a row that has failed nothing counts but its error."""
+    changes = [({}, set[str]()) if row.error else (new_of(row), row.source.keys() - row.data.keys()) for row in rows]
+    packed = [pickle.dumps((*change, row.error), pickle.HIGHEST_PROTOCOL) for change, row in zip(changes, rows)]
+    names = [name for name in block.column_names if name != PACKED]
+    return block.select(names).append_column(PACKED, pa.array(packed, pa.large_binary()))
+
+
+def new_of(row: Row) -> dict[str, Any]:
+    """Columns that are not the input's as they were; a list may have been changed where it is."""
+    source = row.source
+    return {k: v for k, v in row.data.items() if isinstance(v, (list, dict)) or k not in source or v is not source[k]}
 
 
 def table_of(rows: Sequence[Row], block: pa.Table, *, errors: bool) -> pa.Table:
@@ -48,9 +62,9 @@ def table_of(rows: Sequence[Row], block: pa.Table, *, errors: bool) -> pa.Table:
 
 
 def _row(index: int, source: dict[str, Any]) -> Row:
-    for name in _PARAMS:
-        if isinstance(source.get(name), dict):  # rows of a block share a struct, so null is "not given"
-            source[name] = _given(source[name])
+    for name in OPEN_COLUMNS:
+        if name in source:
+            source[name] = without_nulls(source[name])
     row = Row.of(index, source)
     error = source.get("error")
     if isinstance(error, dict) and set(error) == set(ERROR_FIELDS):
@@ -61,15 +75,9 @@ def _row(index: int, source: dict[str, Any]) -> Row:
     return row
 
 
-def _given(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {name: _given(one) for name, one in value.items() if one is not None}
-
-
 def _column(name: str, rows: Sequence[Row], values: list[Any], block: pa.Table) -> pa.ChunkedArray | pa.Array:
     """As it came; else of its type, of the one that the values have in common, or JSON as text."""
-    known = block.schema.field(name).type if name in block.column_names and name != PACKED else None
+    known = block.schema.field(name).type if name in block.column_names else None
     if known is None:
         array = None
     elif pa.types.is_nested(known):  # a list may have been changed where it is
@@ -81,6 +89,8 @@ def _column(name: str, rows: Sequence[Row], values: list[Any], block: pa.Table) 
         array = _array(values, known)
     if array is None:
         array = _array(values)
+    if array is None:
+        array = _tensors(values)
     return pa.array(map(_as_text, values), pa.string()) if array is None else array
 
 
@@ -91,10 +101,19 @@ def _array(values: list[Any], kind: pa.DataType | None = None) -> pa.Array | Non
         return None
 
 
+def _tensors(values: list[Any]) -> pa.Array | None:
+    """As Ray has arrays of more than one dimension."""
+    arrays = [value for value in values if value is not None]
+    if not all(isinstance(value, np.ndarray) and value.dtype.kind in "biuf" for value in arrays):
+        return None
+    places = iter(range(len(arrays)))
+    return ArrowTensorArray.from_numpy(arrays).take(pa.array([v if v is None else next(places) for v in values]))
+
+
 def _holds(array: pa.Array, values: list[Any]) -> bool:
-    """A struct's type drops what it has no field for."""
+    """A struct's type drops what it has no field for, and has null for what a row lacks."""
     try:
-        return array.to_pylist() == values
+        return without_nulls(array.to_pylist()) == without_nulls(values)
     except ValueError:  # of arrays
         return False
 
