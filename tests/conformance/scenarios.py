@@ -228,7 +228,7 @@ def refused_requests(llm: LLM) -> Any:
 
 def failing_workers(llm: LLM) -> Any:
     """A call that fails on the workers is the caller's; a step that fails there is the end of the engine."""
-    executor = llm._frontend.core._executor
+    executor = llm._engine._executor
     call = [error(lambda: executor.call("dance")), greedy(llm)]
     with suppress(HeadwayError):  # once it is over here, every other rank has what it was to generate above
         llm.generate(PROMPTS[0], SamplingParams(max_tokens=1))

@@ -8,9 +8,9 @@ import pytest
 
 from headway.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts, SchedulerConfig
 from headway.engine import EngineCore
+from headway.engine.structured import make_grammar
 from headway.executor.fake import FakeExecutor, FakeModel
 from headway.llm import Frontend
-from headway.llm.frontend import make_grammar
 from headway.tokenizers import Tokenizer
 
 FACTS = ModelFacts(
@@ -33,7 +33,9 @@ class FakeFrontends:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, model: FakeModel | None = None, facts: ModelFacts = FACTS, **scheduler: Any) -> Frontend:
+    def __call__(
+        self, model: FakeModel | None = None, facts: ModelFacts = FACTS, **scheduler: Any
+    ) -> tuple[Frontend, EngineCore]:
         runner = "generate" if facts.kind == "decoder" else "pooling"
         config = EngineConfig(
             model=ModelConfig(path="fake", served_model_name="fake", max_model_len=facts.max_positions, runner=runner),
@@ -42,7 +44,8 @@ class FakeFrontends:
         )
         executor = FakeExecutor(config, model)
         grammar = make_grammar(self.tokenizer, facts)
-        return Frontend.over(EngineCore(config, executor, executor.start(), grammar), facts, self.tokenizer, grammar)
+        core = EngineCore(config, executor, executor.start(), grammar)
+        return Frontend.over(config, core.info, facts, self.tokenizer, grammar), core
 
 
 @pytest.fixture(scope="session")

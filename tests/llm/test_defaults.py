@@ -36,8 +36,9 @@ def test_a_value_no_request_may_have_is_the_checkpoints_error(tmp_path: Path) ->
 
 
 def test_the_default_holds_only_where_the_caller_gives_none(fake: FakeFrontends) -> None:
-    frontend = replace(fake(), sampling=SamplingParams(max_tokens=3, ignore_eos=True))
-    with LLM.over(frontend) as llm:
+    frontend, core = fake()
+    frontend = replace(frontend, sampling=SamplingParams(max_tokens=3, ignore_eos=True))
+    with LLM.over(frontend, core) as llm:
         assert llm.get_default_sampling_params().max_tokens == 3
         assert len(llm.generate([1])[0].outputs[0].token_ids) == 3
         assert len(llm.generate([1], SamplingParams(max_tokens=5))[0].outputs[0].token_ids) == 5

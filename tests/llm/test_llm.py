@@ -28,7 +28,7 @@ def prompts(count: int) -> list[list[int]]:
 
 def test_outputs_come_in_the_order_of_the_prompts(fake: FakeFrontends) -> None:
     params = [SamplingParams(seed=i, max_tokens=1 + i % 5, ignore_eos=True) for i in range(40)]
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         outputs = llm.generate(prompts(40), params)
         assert [o.prompt_token_ids for o in outputs] == prompts(40)
         assert [len(o.outputs[0].token_ids) for o in outputs] == [p.max_tokens for p in params]
@@ -38,7 +38,7 @@ def test_outputs_come_in_the_order_of_the_prompts(fake: FakeFrontends) -> None:
 
 
 def test_samples_of_one_prompt_differ_and_equal_single_requests_with_their_seeds(fake: FakeFrontends) -> None:
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         (output,) = llm.generate([50, 51], SamplingParams(n=3, seed=5, max_tokens=6))
         singles = llm.generate([[50, 51]] * 3, [SamplingParams(seed=5 + i, max_tokens=6) for i in range(3)])
     assert [c.token_ids for c in output.outputs] == [s.outputs[0].token_ids for s in singles]
@@ -46,7 +46,7 @@ def test_samples_of_one_prompt_differ_and_equal_single_requests_with_their_seeds
 
 
 def test_a_stop_string_ends_a_request_and_leaves_the_engine_idle(fake: FakeFrontends) -> None:
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         (free,) = llm.generate([50], SEEDED)
         stop = free.outputs[0].text[5:7]
         (stopped,) = llm.generate([50], replaced(SEEDED, stop=stop))
@@ -61,7 +61,7 @@ def replaced(params: SamplingParams, **changes: Any) -> SamplingParams:
 
 @pytest.mark.parametrize("bad", [[], [1] * 600, {"prompt_token_ids": [999]}, "漢字" * 1000])
 def test_one_bad_prompt_is_refused_before_any_runs(fake: FakeFrontends, bad: Any) -> None:
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         with pytest.raises(RequestError, match=r"prompts\[2\]"):
             llm.generate([[1], [2], bad, [3]], SEEDED)
         assert llm.metrics().steps == 0
@@ -69,26 +69,26 @@ def test_one_bad_prompt_is_refused_before_any_runs(fake: FakeFrontends, bad: Any
 
 def test_a_bad_constraint_is_refused_before_any_runs(fake: FakeFrontends) -> None:
     params = SamplingParams(structured=StructuredOutput(json={"type": "wat"}))
-    with LLM.over(fake(facts=replace(FACTS, vocab_size=49152))) as llm:
+    with LLM.over(*fake(facts=replace(FACTS, vocab_size=49152))) as llm:
         with pytest.raises(RequestError, match=r"structured\.json"):
             llm.generate([[1], [2]], [SEEDED, params])
         assert llm.metrics().steps == 0
 
 
 def test_as_many_params_as_prompts_are_needed(fake: FakeFrontends) -> None:
-    with LLM.over(fake()) as llm, pytest.raises(RequestError, match="one for each of 3 prompts"):
+    with LLM.over(*fake()) as llm, pytest.raises(RequestError, match="one for each of 3 prompts"):
         llm.generate(prompts(3), [SEEDED] * 2)
 
 
 def test_no_prompts_give_no_outputs(fake: FakeFrontends) -> None:
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         assert llm.generate([], SEEDED) == []
 
 
 def test_chat_renders_one_conversation_or_several(fake: FakeFrontends) -> None:
     hi = [{"role": "user", "content": "hi"}]
     facts = replace(FACTS, vocab_size=49152)
-    with LLM.over(fake(facts=facts)) as llm:
+    with LLM.over(*fake(facts=facts)) as llm:
         (one,) = llm.chat(hi, SEEDED)
         two = llm.chat([hi, hi], SEEDED)
         assert one.prompt is not None and one.prompt.endswith("user\nhi<|im_end|>\n<|im_start|>assistant\n")
@@ -99,7 +99,7 @@ def test_chat_renders_one_conversation_or_several(fake: FakeFrontends) -> None:
 
 
 def test_interrupt_ends_the_requests_and_leaves_the_engine_usable(fake: FakeFrontends) -> None:
-    with LLM.over(fake(FakeModel(latency_s=0.002))) as llm:
+    with LLM.over(*fake(FakeModel(latency_s=0.002))) as llm:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             llm.generate(prompts(20), SamplingParams(max_tokens=500))
@@ -112,7 +112,7 @@ def test_an_exception_of_the_callers_leaves_the_engine_usable(fake: FakeFrontend
     def fail(output: RequestOutput) -> None:
         raise ZeroDivisionError
 
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         with pytest.raises(ZeroDivisionError):
             llm.generate(prompts(20), SEEDED, on_output=fail)
         assert llm.metrics().running == llm.metrics().waiting == 0
@@ -122,13 +122,13 @@ def test_an_exception_of_the_callers_leaves_the_engine_usable(fake: FakeFrontend
 def test_on_output_sees_every_output_as_it_finishes(fake: FakeFrontends) -> None:
     seen: list[RequestOutput] = []
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (30, 1, 10)]
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         outputs = llm.generate(prompts(3), params, on_output=seen.append)
     assert seen == [outputs[1], outputs[2], outputs[0]]
 
 
 def test_a_progress_bar_counts_prompts_and_tokens(fake: FakeFrontends, capsys: pytest.CaptureFixture[str]) -> None:
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         llm.generate(prompts(3), SEEDED, use_tqdm=True)
         shown = capsys.readouterr().err
         assert "3/3" in shown and "tokens/s" in shown
@@ -137,7 +137,7 @@ def test_a_progress_bar_counts_prompts_and_tokens(fake: FakeFrontends, capsys: p
 
 
 def test_a_failure_of_the_executor_reaches_the_caller(fake: FakeFrontends) -> None:
-    with LLM.over(fake(FakeModel(fail_at_step=3))) as llm:
+    with LLM.over(*fake(FakeModel(fail_at_step=3))) as llm:
         with pytest.raises(Exception, match="injected at step 3"):
             llm.generate(prompts(3), SamplingParams(max_tokens=50))
         with pytest.raises(EngineDead):
@@ -145,7 +145,7 @@ def test_a_failure_of_the_executor_reaches_the_caller(fake: FakeFrontends) -> No
 
 
 def test_a_closed_engine_says_so(fake: FakeFrontends) -> None:
-    llm = LLM.over(fake())
+    llm = LLM.over(*fake())
     llm.close()
     llm.close()
     with pytest.raises(EngineDead):
@@ -153,7 +153,7 @@ def test_a_closed_engine_says_so(fake: FakeFrontends) -> None:
 
 
 def test_threads_take_turns(fake: FakeFrontends) -> None:
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         expected = llm.generate(prompts(6), SEEDED)
         found: list[list[RequestOutput]] = []
         threads = [threading.Thread(target=lambda: found.append(llm.generate(prompts(6), SEEDED))) for _ in range(4)]
@@ -168,7 +168,7 @@ def test_structured_output_follows_the_constraint(fake: FakeFrontends) -> None:
     facts = replace(FACTS, vocab_size=49152)
     params = SamplingParams(structured=StructuredOutput(choice=["yes", "no"]), max_tokens=20)
     for depth in (0, 1):
-        with LLM.over(fake(FakeModel(vocab_size=49152), facts, depth=depth)) as llm:
+        with LLM.over(*fake(FakeModel(vocab_size=49152), facts, depth=depth)) as llm:
             outputs = llm.generate(prompts(6), params)
         assert {o.outputs[0].text for o in outputs} <= {"yes", "no"}
         assert {o.outputs[0].finish_reason for o in outputs} == {"stop"}
@@ -176,7 +176,7 @@ def test_structured_output_follows_the_constraint(fake: FakeFrontends) -> None:
 
 def test_embeddings_come_one_per_prompt(fake: FakeFrontends) -> None:
     encoder = replace(FACTS, kind="encoder", num_kv_heads=0)
-    with LLM.over(fake(facts=encoder)) as llm:
+    with LLM.over(*fake(facts=encoder)) as llm:
         outputs = llm.embed(prompts(5))
         again = llm.embed(prompts(5)[3])
         assert [o.prompt_token_ids for o in outputs] == prompts(5)
@@ -189,7 +189,7 @@ def test_embeddings_come_one_per_prompt(fake: FakeFrontends) -> None:
 
 def test_scores_without_a_cross_encoder_are_cosines(fake: FakeFrontends) -> None:
     encoder = replace(FACTS, kind="encoder", num_kv_heads=0, vocab_size=49152)
-    with LLM.over(fake(facts=encoder)) as llm:
+    with LLM.over(*fake(facts=encoder)) as llm:
         vectors = [o.data for o in llm.embed(["a", "b", "c"], PoolingParams())]
         scores = [o.data[0] for o in llm.score("a", ["a", "b", "c"])]
         with pytest.raises(RequestError, match="text_2"):
@@ -207,7 +207,7 @@ def test_scores_without_a_cross_encoder_are_cosines(fake: FakeFrontends) -> None
 
 def test_a_one_label_model_scores_pairs_in_one_prompt(fake: FakeFrontends) -> None:
     cross = replace(FACTS, kind="classifier", num_kv_heads=0, vocab_size=49152, num_labels=1)
-    with LLM.over(fake(facts=cross)) as llm:
+    with LLM.over(*fake(facts=cross)) as llm:
         outputs = llm.score("query", ["one", "two"])
         pairs = [llm.tokenizer.encode_pair("query", text)[0] for text in ("one", "two")]
         assert [o.prompt_token_ids for o in outputs] == pairs

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from headway.config import CacheConfig, EngineConfig, ModelConfig, ModelFacts
+from headway.engine.structured import make_grammar
 from headway.errors import RequestError
-from headway.llm.frontend import make_grammar
 from headway.llm.processor import TOKENIZE_BATCH, Params, Prepared, Processor
 from headway.llm.prompts import Prompt, PromptInput, as_prompts
 from headway.messages import PoolingParams, SamplingParams, StructuredOutput

@@ -40,11 +40,11 @@ async def answers(llm: AsyncLLM, prompts: list[Any], params: list[SamplingParams
 def test_every_prompt_is_answered_as_by_itself(fake: FakeFrontends, batch: int) -> None:
     prompts = [f"Prompt {i}" for i in range(40)]
     params = [SamplingParams(max_tokens=1 + i % 5, seed=i, n=1 + i % 3) for i in range(40)]
-    with LLM.over(fake()) as llm:
+    with LLM.over(*fake()) as llm:
         expected = [output.outputs for output in llm.generate([byte_ids(p) for p in prompts], params)]
 
     async def run() -> None:
-        async with AsyncLLM.over(fake()) as llm:
+        async with AsyncLLM.over(*fake()) as llm:
             found = await answers(llm, [byte_ids(p) for p in prompts], params, batch)
             got = [found[i] for i in range(40)]
             assert [output.outputs for output in got if isinstance(output, RequestOutput)] == expected
@@ -54,7 +54,7 @@ def test_every_prompt_is_answered_as_by_itself(fake: FakeFrontends, batch: int) 
 
 def test_a_prompt_that_cannot_be_honoured_costs_the_others_nothing(fake: FakeFrontends) -> None:
     async def run() -> None:
-        async with AsyncLLM.over(fake()) as llm:
+        async with AsyncLLM.over(*fake()) as llm:
             prompts = [byte_ids("good"), [], byte_ids("x" * 600), 7, byte_ids("good too")]
             found = await answers(llm, prompts, [SamplingParams()] * 5, 5)
         assert [isinstance(found[i], RequestOutput) for i in range(5)] == [True, False, False, False, True]
@@ -65,7 +65,7 @@ def test_a_prompt_that_cannot_be_honoured_costs_the_others_nothing(fake: FakeFro
 
 def test_each_prompt_hears_what_ended_the_engine_once(fake: FakeFrontends) -> None:
     async def run() -> None:
-        async with AsyncLLM.over(fake(FakeModel(fail_at_step=3))) as llm:
+        async with AsyncLLM.over(*fake(FakeModel(fail_at_step=3))) as llm:
             params = [SamplingParams(max_tokens=2 if i == 0 else 50, n=2) for i in range(20)]
             found = await answers(llm, [byte_ids("a")] * 20, params, 20)
             assert isinstance(found[0], RequestOutput)
@@ -78,7 +78,7 @@ def test_each_prompt_hears_what_ended_the_engine_once(fake: FakeFrontends) -> No
 
 def test_a_closed_stream_runs_no_more(fake: FakeFrontends) -> None:
     async def run() -> None:
-        async with AsyncLLM.over(fake(FakeModel(latency_s=0.001))) as llm:
+        async with AsyncLLM.over(*fake(FakeModel(latency_s=0.001))) as llm:
             stream = llm.stream(lambda found: pytest.fail(f"heard of {found}"))
             stream.submit([1], [byte_ids("a")], [SamplingParams(max_tokens=400)])
             stream.close()

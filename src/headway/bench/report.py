@@ -71,7 +71,7 @@ def check_file(path: str | None, setting: str = "json") -> None:
         raise ConfigError(setting, path, "its directory does not exist")
 
 
-def engine_facts(llm: Client) -> dict[str, Any]:
+def engine_facts(llm: Client[Any]) -> dict[str, Any]:
     """What ran."""
     return {
         "executor": llm.executor_info.executor,

@@ -11,40 +11,33 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Literal
 
 from headway.engine.constraints import constraint
 from headway.engine.core import EngineCore
 from headway.engine.grammar import Matcher
 from headway.engine.metrics import EngineMetrics
+from headway.engine.port import EngineClient, Health, Item, Stream, send
 from headway.errors import EngineDead, EngineError, HeadwayError, RequestError
-from headway.messages import EngineOutput, Request
+from headway.messages import EngineOutput
 
-Item = EngineOutput | BaseException
-Put = Callable[[str, Item], None]
+if TYPE_CHECKING:
+    from headway.engine.upkeep import Weights
 
 HEALTH_S = 1.0
 """How long an idle engine may go on without knowing that it has lost a worker."""
 
 
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """A request and its caller's end: ``put``, which is called on the caller's event loop."""
-
-    request: Request
-    loop: asyncio.AbstractEventLoop
-    put: Put
-
-
 @dataclass(frozen=True, slots=True)
 class _Leave:
-    """A caller stopped listening."""
+    """Callers stopped listening."""
 
-    stream: _Stream
+    streams: list[Stream]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +51,7 @@ class _Abort:
 class _Compiled:
     """A stream's constraint is ready, or cannot be honoured."""
 
-    stream: _Stream
+    stream: Stream
     result: Matcher | BaseException | None
 
 
@@ -70,17 +63,18 @@ class _Action:
     done: Future[None]
 
 
-_Message = list[_Stream] | _Leave | _Abort | _Compiled | _Action
+_Message = list[Stream] | _Leave | _Abort | _Compiled | _Action
 
 
-class AsyncEngine:
-    """Owns the core. Its methods may be called from any thread and any event loop."""
+class AsyncEngine(EngineClient):
+    """Owns the core."""
 
     def __init__(self, core: EngineCore) -> None:
+        super().__init__()
         self._core = core
         self._inbox: SimpleQueue[_Message | None] = SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
-        self._compiling: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
+        self._compiling: dict[str, Stream] = {}
         self._compiler = ThreadPoolExecutor(1, "headway-grammar")
         self._dead: BaseException | None = None
         # Orders a caller's look at _dead and its message: none is left in the inbox once the thread has ended.
@@ -88,51 +82,37 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._run, name="headway-engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, *requests: Request) -> AsyncGenerator[EngineOutput, None]:
-        """The requests' outputs in the order the engine gives them, until each has one with a finish_reason.
+    def enter(self, streams: list[Stream]) -> None:
+        self._post(streams)
 
-        Closing the iterator early aborts what still runs. Raises RequestError for a bad request, and what ended the
-        engine if it fails.
-        """
-        loop, items = asyncio.get_running_loop(), asyncio.Queue[Item]()
-        running = {
-            request.request_id: _Stream(request, loop, lambda _, item: items.put_nowait(item)) for request in requests
-        }
-        try:
-            self._post(list(running.values()))
-            while running:
-                item = await items.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item.finish_reason is not None:
-                    del running[item.request_id]
-                yield item
-        finally:
-            for stream in running.values():
-                self._post(_Leave(stream), dead_is_fine=True)
+    def leave(self, streams: list[Stream]) -> None:
+        self._post(_Leave(streams), dead_is_fine=True)
 
-    def submit(self, requests: Iterable[Request], put: Put) -> None:
-        """As generate(), without an iterator for each: put is called on this event loop with a request's id and each of
-        its outputs in turn, or what ended it.
-        """
-        loop = asyncio.get_running_loop()
-        self._post([_Stream(request, loop, put) for request in requests])
+    async def update_weights(self, weights: Weights) -> None:
+        await self._between_steps(lambda core: core.upkeep.update_weights(weights))
 
-    async def between_steps(self, run: Callable[[EngineCore], None]) -> None:
+    async def sleep(self, level: Literal[1, 2]) -> None:
+        await self._between_steps(lambda core: core.upkeep.sleep(level))
+
+    async def wake_up(self) -> None:
+        await self._between_steps(lambda core: core.upkeep.wake_up())
+
+    async def _between_steps(self, run: Callable[[EngineCore], None]) -> None:
         """Runs something on the engine's thread. Raises what it raises."""
         done: Future[None] = Future()
         self._post(_Action(run, done))
         await asyncio.wrap_future(done)
 
     def abort(self, request_ids: list[str]) -> None:
-        """Ends requests; their iterators get a last output with finish_reason "abort"."""
         self._post(_Abort(request_ids))
 
     def metrics(self) -> EngineMetrics:
         return self._core.metrics()
 
+    def health(self) -> list[Health]:
+        return [Health(0, self._dead is None, "" if self._dead is None else str(self._dead))]
+
     def close(self, timeout: float = 5.0) -> None:
-        """Idempotent. Whoever still waits gets EngineDead."""
         with self._gate:
             self._inbox.put(None)
         self._thread.join(timeout)
@@ -180,13 +160,14 @@ class AsyncEngine:
         elif isinstance(message, _Abort):
             self._abort(message.request_ids)
         elif isinstance(message, _Leave):
-            self._drop(message.stream)
+            for stream in message.streams:
+                self._drop(stream)
         elif isinstance(message, _Compiled):
             self._add_compiled(message)
         else:
             self._act(message)
 
-    def _enter(self, stream: _Stream) -> None:
+    def _enter(self, stream: Stream) -> None:
         if constraint(stream.request) is None:
             self._add(stream)
         else:
@@ -202,7 +183,7 @@ class AsyncEngine:
         else:
             action.done.set_result(None)
 
-    def _compile(self, stream: _Stream) -> None:
+    def _compile(self, stream: Stream) -> None:
         name = stream.request.request_id
         if name in self._compiling:
             self._send([(stream, RequestError("request_id", name, "is in use"))])
@@ -211,7 +192,7 @@ class AsyncEngine:
         future = self._compiler.submit(self._core.compile, stream.request)
         future.add_done_callback(lambda done: self._hand_back(stream, done))
 
-    def _hand_back(self, stream: _Stream, done: Future[Matcher | None]) -> None:
+    def _hand_back(self, stream: Stream, done: Future[Matcher | None]) -> None:
         if not done.cancelled():  # by close()
             self._inbox.put(_Compiled(stream, done.exception() or done.result()))
 
@@ -225,7 +206,7 @@ class AsyncEngine:
         else:
             self._add(stream, result)
 
-    def _add(self, stream: _Stream, matcher: Matcher | None = None) -> None:
+    def _add(self, stream: Stream, matcher: Matcher | None = None) -> None:
         try:
             self._core.add(stream.request, matcher)
         except HeadwayError as error:
@@ -238,7 +219,7 @@ class AsyncEngine:
         waiting = [(name, stream) for name in request_ids if (stream := self._compiling.pop(name, None)) is not None]
         self._send([(stream, EngineOutput(request_id=name, finish_reason="abort")) for name, stream in waiting])
 
-    def _drop(self, stream: _Stream) -> None:
+    def _drop(self, stream: Stream) -> None:
         # The name may belong to a later request by now.
         name = stream.request.request_id
         if self._compiling.get(name) is stream:
@@ -248,7 +229,7 @@ class AsyncEngine:
             self._core.abort([name])
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
-        items: list[tuple[_Stream, Item]] = []
+        items: list[tuple[Stream, Item]] = []
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -257,16 +238,9 @@ class AsyncEngine:
                     del self._streams[output.request_id]
         self._send(items)
 
-    def _send(self, items: list[tuple[_Stream, Item]]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Item]]] = {}
-        for stream, item in items:
-            by_loop.setdefault(stream.loop, []).append((stream, item))
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_put, batch)
-            except RuntimeError:  # that event loop is closed: its callers are gone
-                for stream, _ in batch:
-                    self._drop(stream)
+    def _send(self, items: list[tuple[Stream, Item]]) -> None:
+        for stream in send(items):
+            self._drop(stream)
 
     def _end(self, error: BaseException) -> None:
         """Tells everybody who waits or has just asked."""
@@ -280,9 +254,5 @@ class AsyncEngine:
                 elif isinstance(message, _Action) and message.done.set_running_or_notify_cancel():
                     message.done.set_exception(error)
         self._streams, self._compiling = {}, {}
+        self.ended.set_result(error)
         self._send([(stream, error) for stream in streams])
-
-
-def _put(batch: list[tuple[_Stream, Item]]) -> None:
-    for stream, item in batch:
-        stream.put(stream.request.request_id, item)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 
 import msgspec
 
-from headway.config import EngineConfig
+from headway.config import EngineConfig, ModelFacts
 from headway.engine.core import EngineCore
 from headway.engine.grammar import GrammarBackend
+from headway.engine.structured import LLGuidanceBackend, make_grammar
 from headway.engine.trace import Trace
 from headway.executor import WorkerInfo, make_executor
+from headway.tokenizers import Tokenizer, load_tokenizer
 
 
 def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = None) -> EngineCore:
@@ -33,6 +36,19 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
         core = EngineCore(config, executor, _explained(info, config), backend, trace)
         undo.pop_all()
         return core
+
+
+def load(config: EngineConfig, facts: ModelFacts, tokenizer: str) -> tuple[EngineCore, Tokenizer, LLGuidanceBackend]:
+    """launch() with the grammar that the tokenizer's file (or directory) makes; it is read while the model loads."""
+
+    def read() -> tuple[Tokenizer, LLGuidanceBackend]:
+        found = load_tokenizer(tokenizer, may_lack=config.model.load_format == "dummy")
+        return found, make_grammar(found, facts)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        core = launch(config, lambda: reading.result()[1])
+    return core, *reading.result()
 
 
 def _open_trace(config: EngineConfig) -> Trace | None:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from headway.config import ModelFacts
 from headway.errors import MissingDependencyError, ModelError, RequestError
 from headway.messages import StructuredOutput
+from headway.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -143,3 +145,8 @@ _SOURCES: dict[str, Callable[[Any, type[LLMatcher]], str]] = {
     "choice": _choice_source,
     "grammar": _grammar_source,
 }
+
+
+def make_grammar(tokenizer: Tokenizer, facts: ModelFacts) -> LLGuidanceBackend:
+    eos = dict.fromkeys((*tokenizer.eos_token_ids, *facts.eos_token_ids))
+    return LLGuidanceBackend(tokenizer.backend.to_str, facts.vocab_size, list(eos))

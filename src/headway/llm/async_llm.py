@@ -9,7 +9,8 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from headway.engine.async_engine import AsyncEngine
+from headway.engine import AsyncEngine, EngineCore
+from headway.engine.port import EngineClient
 from headway.errors import RequestError
 from headway.llm.chat import Message
 from headway.llm.frontend import Client, Frontend
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
 INLINE_CHARS = 8192
 
 
-class AsyncLLM(Client):
+class AsyncLLM(Client[EngineClient]):
     """One model in this process, for any number of tasks on any number of event loops.
 
     Leaving an iterator early, or cancelling the task that awaits, aborts the request.
     """
 
-    def _attach(self, frontend: Frontend) -> None:
-        super()._attach(frontend)
-        self._engine = AsyncEngine(frontend.core)
+    def _attach(self, frontend: Frontend, engine: EngineCore | EngineClient) -> None:
+        self._frontend = frontend
+        self._engine = AsyncEngine(engine) if isinstance(engine, EngineCore) else engine
         self._ids = (f"unnamed-{i}" for i in itertools.count())
         self._running: dict[str, list[str]] = {}  # request id to the engine's ids; none while it is prepared
         self._aborted_early: set[str] = set()
@@ -114,15 +115,15 @@ class AsyncLLM(Client):
 
     async def update_weights(self, weights: Weights) -> None:
         """As LLM.update_weights, but refused with EngineError while requests run."""
-        await self._engine.between_steps(lambda core: core.upkeep.update_weights(weights))
+        await self._engine.update_weights(weights)
 
     async def sleep(self, level: Literal[1, 2] = 1) -> None:
         """As LLM.sleep, but refused with EngineError while requests run."""
-        await self._engine.between_steps(lambda core: core.upkeep.sleep(level))
+        await self._engine.sleep(level)
 
     async def wake_up(self) -> None:
         """As LLM.wake_up."""
-        await self._engine.between_steps(lambda core: core.upkeep.wake_up())
+        await self._engine.wake_up()
 
     def close(self) -> None:
         """Ends the engine; idempotent. Whoever still waits gets EngineDead."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from headway.config import EngineArgs, EngineConfig, ModelFacts, machine_facts, resolve
-from headway.engine import EngineCore, EngineMetrics, launch
+from headway.engine import EngineCore, EngineMetrics
+from headway.engine.launch import load
 from headway.engine.structured import LLGuidanceBackend
 from headway.llm.chat import ChatRenderer, Message
 from headway.llm.defaults import default_sampling
@@ -23,18 +22,28 @@ from headway.messages import SamplingParams
 from headway.messages.worker import WorkerInfo
 from headway.models.describe import describe
 from headway.models.source import resolve_source
-from headway.tokenizers import Tokenizer, load_tokenizer
+from headway.tokenizers import Tokenizer
 
-C = TypeVar("C", bound="Client")
+if TYPE_CHECKING:
+    from headway.engine.port import EngineClient
+
+C = TypeVar("C", bound="Client[Any]")
+E = TypeVar("E", bound="Measured")
+
+
+class Measured(Protocol):
+    def metrics(self) -> EngineMetrics: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Frontend:
-    """One model, loaded and running. sampling: what holds for callers that give no SamplingParams."""
+    """The text side of one model. config, info: of the engine as it started. sampling: what holds for callers that
+    give no SamplingParams."""
 
     facts: ModelFacts
     tokenizer: Tokenizer
-    core: EngineCore
+    config: EngineConfig
+    info: WorkerInfo
     processor: Processor
     chat: ChatRenderer
     sampling: SamplingParams
@@ -42,18 +51,29 @@ class Frontend:
     @classmethod
     def over(
         cls,
-        core: EngineCore,
+        config: EngineConfig,
+        info: WorkerInfo,
         facts: ModelFacts,
         tokenizer: Tokenizer,
         grammar: LLGuidanceBackend,
         sampling: SamplingParams | None = None,
     ) -> Frontend:
-        processor = Processor(tokenizer, facts, core.config, grammar)
-        return cls(facts, tokenizer, core, processor, ChatRenderer(tokenizer), sampling or SamplingParams())
+        processor = Processor(tokenizer, facts, config, grammar)
+        return cls(facts, tokenizer, config, info, processor, ChatRenderer(tokenizer), sampling or SamplingParams())
 
 
-def start(model: str, **engine_args: Any) -> Frontend:
-    """Finds the model, decides every setting, loads. engine_args: fields of EngineArgs.
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What is known of a model before it runs. tokenizer: the path of its files."""
+
+    facts: ModelFacts
+    config: EngineConfig
+    sampling: SamplingParams
+    tokenizer: str
+
+
+def find(model: str, **engine_args: Any) -> Resolved:
+    """Finds the model, decides every setting. engine_args: fields of EngineArgs.
 
     Raises ConfigError for a setting, ModelError for a model, that cannot be used.
     """
@@ -61,47 +81,42 @@ def start(model: str, **engine_args: Any) -> Frontend:
     path = resolve_source(args.model, args.revision, load_format=args.load_format)
     facts = describe(path)
     config = resolve(args, facts, machine_facts(), str(path))
-    sampling = default_sampling(path)
-    tokenizer_path = path if args.tokenizer is None else resolve_source(args.tokenizer, setting="tokenizer")
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(_read_tokenizer, tokenizer_path, facts, config.model.load_format == "dummy")
-        core = launch(config, lambda: reading.result()[1])
-    tokenizer, grammar = reading.result()
-    logging.getLogger("headway").info("%s: %s", config.model.served_model_name, core.info)
-    return Frontend.over(core, facts, tokenizer, grammar, sampling)
+    tokenizer = path if args.tokenizer is None else resolve_source(args.tokenizer, setting="tokenizer")
+    return Resolved(facts, config, default_sampling(path), str(tokenizer))
 
 
-def _read_tokenizer(path: Path, facts: ModelFacts, may_lack: bool) -> tuple[Tokenizer, LLGuidanceBackend]:
-    tokenizer = load_tokenizer(path, may_lack=may_lack)
-    return tokenizer, make_grammar(tokenizer, facts)
+def start(model: str, **engine_args: Any) -> tuple[Frontend, EngineCore]:
+    """As find(), and loads the model."""
+    found = find(model, **engine_args)
+    core, tokenizer, grammar = load(found.config, found.facts, found.tokenizer)
+    logging.getLogger("headway").info("%s: %s", core.config.model.served_model_name, core.info)
+    return Frontend.over(core.config, core.info, found.facts, tokenizer, grammar, found.sampling), core
 
 
-def make_grammar(tokenizer: Tokenizer, facts: ModelFacts) -> LLGuidanceBackend:
-    eos = dict.fromkeys((*tokenizer.eos_token_ids, *facts.eos_token_ids))
-    return LLGuidanceBackend(tokenizer.backend.to_str, facts.vocab_size, list(eos))
-
-
-class Client:
+class Client(Generic[E]):
     """The part of LLM and AsyncLLM that is the same."""
+
+    _frontend: Frontend
+    _engine: E
 
     def __init__(self, model: str, **engine_args: Any) -> None:
         """model: a known name, a Hugging Face directory or hub id, or a .gguf file; engine_args: see EngineArgs."""
-        self._attach(start(model, **engine_args))
+        self._attach(*start(model, **engine_args))
 
     @classmethod
-    def over(cls: type[C], frontend: Frontend) -> C:
-        """A client for a model that runs already; closing it closes the model."""
+    def over(cls: type[C], frontend: Frontend, engine: EngineCore | EngineClient) -> C:
+        """A client for a model that runs already; closing it closes the engine."""
         client = cls.__new__(cls)
-        client._attach(frontend)
+        client._attach(frontend, engine)
         return client
 
-    def _attach(self, frontend: Frontend) -> None:
-        self._frontend = frontend
+    def _attach(self, frontend: Frontend, engine: EngineCore | EngineClient) -> None:
+        raise NotImplementedError
 
     @property
     def config(self) -> EngineConfig:
         """Every resolved setting; ``choices`` says why each has its value."""
-        return self._frontend.core.config
+        return self._frontend.config
 
     @property
     def facts(self) -> ModelFacts:
@@ -111,7 +126,7 @@ class Client:
     @property
     def executor_info(self) -> WorkerInfo:
         """Where the step runs and why, on how many ranks, with which threads, kernels, capacity and start-up times."""
-        return self._frontend.core.info
+        return self._frontend.info
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -128,7 +143,7 @@ class Client:
 
     def metrics(self) -> EngineMetrics:
         """Counters and times since the start; ``times.since(earlier.times)`` is what a stretch of work took."""
-        return self._frontend.core.metrics()
+        return self._engine.metrics()
 
     def chat_prompt(self, messages: Sequence[Message], **options: Any) -> PromptInput:
         """What chat() runs. options: see ChatRenderer.render."""

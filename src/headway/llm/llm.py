@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from headway.engine import EngineCore
 from headway.errors import RequestError
 from headway.llm.chat import Message
 from headway.llm.frontend import Client, Frontend
@@ -20,12 +21,13 @@ from headway.llm.prompts import Prompt, as_prompts
 from headway.messages import EngineOutput, PooledOutput, PoolingParams, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
+    from headway.engine.port import EngineClient
     from headway.engine.upkeep import Weights
 
 OnOutput = Callable[[Any], None]
 
 
-class LLM(Client):
+class LLM(Client[EngineCore]):
     """One model in this process. Calls from several threads take turns.
 
     Every method checks all prompts before any runs: RequestError names the one that cannot be honoured. Ctrl-C ends
@@ -33,8 +35,9 @@ class LLM(Client):
     output as it finishes, in any order.
     """
 
-    def _attach(self, frontend: Frontend) -> None:
-        super()._attach(frontend)
+    def _attach(self, frontend: Frontend, engine: EngineCore | EngineClient) -> None:
+        assert isinstance(engine, EngineCore)
+        self._frontend, self._engine = frontend, engine
         self._turn = threading.Lock()
         self._ids = map(str, itertools.count())
 
@@ -99,7 +102,7 @@ class LLM(Client):
         that do not fit: then requests are refused until an update succeeds.
         """
         with self._turn:
-            self._frontend.core.upkeep.update_weights(weights)
+            self._engine.upkeep.update_weights(weights)
 
     def sleep(self, level: Literal[1, 2] = 1) -> None:
         """Gives back the KV cache's memory, at level 2 the weights' too; requests are refused until wake_up().
@@ -107,16 +110,16 @@ class LLM(Client):
         Waits for running calls of other threads.
         """
         with self._turn:
-            self._frontend.core.upkeep.sleep(level)
+            self._engine.upkeep.sleep(level)
 
     def wake_up(self) -> None:
         """After sleep(2) without an update_weights() since: reads the weights that the model was loaded with again."""
         with self._turn:
-            self._frontend.core.upkeep.wake_up()
+            self._engine.upkeep.wake_up()
 
     def close(self) -> None:
         """Ends the engine; idempotent."""
-        self._frontend.core.close()
+        self._engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -137,7 +140,7 @@ class LLM(Client):
         each = _one_each(params, len(prompts))
         prepared = deque(self._frontend.processor.prepare_all(self._ids, prompts, each))
         with self._turn, DeferredInterrupt() as interrupt, _progress(use_tqdm, len(prompts)) as shown:
-            run = _Run(self._frontend, prepared)
+            run = _Run(self._frontend, self._engine, prepared)
             try:
                 while not run.done:
                     for output in run.step():
@@ -154,11 +157,11 @@ class LLM(Client):
 class _Run:
     """One call's requests on the engine. Few wait inside it at a time: the rest costs the scheduler nothing."""
 
-    def __init__(self, frontend: Frontend, prepared: deque[Prepared]) -> None:
-        self._core = frontend.core
+    def __init__(self, frontend: Frontend, engine: EngineCore, prepared: deque[Prepared]) -> None:
+        self._core = engine
         self._tokenizer = frontend.tokenizer
         self._prepared = prepared
-        self._window = 2 * frontend.core.config.scheduler.max_num_seqs
+        self._window = 2 * frontend.config.scheduler.max_num_seqs
         self._running: dict[str, tuple[int, Result]] = {}
         self._next = 0
         self.outputs: list[Any] = [None] * len(prepared)

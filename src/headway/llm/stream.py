@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from headway.engine.async_engine import AsyncEngine, Item
+from headway.engine.port import EngineClient, Item
 from headway.errors import HeadwayError
 from headway.llm.frontend import Frontend
 from headway.llm.outputs import Result, make_result
@@ -37,7 +37,7 @@ class PromptStream(Generic[K]):
     That is an output, the RequestError of a prompt that cannot be honoured, or what ended the engine.
     """
 
-    def __init__(self, frontend: Frontend, engine: AsyncEngine, ids: Iterator[str], done: OnAnswers[K]) -> None:
+    def __init__(self, frontend: Frontend, engine: EngineClient, ids: Iterator[str], done: OnAnswers[K]) -> None:
         self._frontend, self._engine, self._ids, self._done = frontend, engine, ids, done
         self._running: dict[str, _Entry[K]] = {}  # a prompt of n samples is there n times
         self._answers: list[tuple[K, Answer]] = []

@@ -1,0 +1,133 @@
+"""What the text side needs of an engine, wherever it runs: in this process (AsyncEngine) or in others (Replicas)."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from headway.engine.metrics import EngineMetrics
+from headway.messages import EngineOutput, Request
+
+if TYPE_CHECKING:
+    from headway.engine.upkeep import Weights
+
+Item = EngineOutput | BaseException
+Put = Callable[[str, Item], None]
+
+
+class Health(msgspec.Struct, frozen=True):
+    """Of one replica. why: it does not run, if it does not."""
+
+    replica: int
+    up: bool
+    why: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A request and its caller's end: ``put``, which is called on the caller's event loop; without one, anywhere."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop | None
+    put: Put
+
+
+class EngineClient(ABC):
+    """May be used from any thread and any event loop. A dead engine raises EngineDead, which says why.
+
+    ended: is set, to the reason, once the engine has failed for good or was closed.
+    """
+
+    def __init__(self) -> None:
+        self.ended: Future[BaseException] = Future()
+
+    async def generate(self, *requests: Request) -> AsyncGenerator[EngineOutput, None]:
+        """The requests' outputs in the order the engine gives them, until each has one with a finish_reason.
+
+        Closing the iterator early aborts what still runs. Raises RequestError for a bad request, and what ended the
+        engine if it fails.
+        """
+        loop, items = asyncio.get_running_loop(), asyncio.Queue[Item]()
+        running = {
+            request.request_id: Stream(request, loop, lambda _, item: items.put_nowait(item)) for request in requests
+        }
+        try:
+            self.enter(list(running.values()))
+            while running:
+                item = await items.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item.finish_reason is not None:
+                    del running[item.request_id]
+                yield item
+        finally:
+            if running:
+                self.leave(list(running.values()))
+
+    def submit(self, requests: Iterable[Request], put: Put) -> None:
+        """As generate(), without an iterator for each: put is called on this event loop with a request's id and each of
+        its outputs in turn, or what ended it.
+        """
+        loop = asyncio.get_running_loop()
+        self.enter([Stream(request, loop, put) for request in requests])
+
+    @abstractmethod
+    def enter(self, streams: list[Stream]) -> None:
+        """From now on their callers get outputs."""
+
+    @abstractmethod
+    def leave(self, streams: list[Stream]) -> None:
+        """Their callers have stopped listening; what still runs of them is aborted."""
+
+    @abstractmethod
+    def abort(self, request_ids: list[str]) -> None:
+        """Ends requests; whoever listens gets a last output with finish_reason "abort". Unknown ids are ignored."""
+
+    @abstractmethod
+    async def update_weights(self, weights: Weights) -> None:
+        """As LLM.update_weights, but refused with EngineError while requests run; so are the other two."""
+
+    @abstractmethod
+    async def sleep(self, level: Literal[1, 2]) -> None: ...
+
+    @abstractmethod
+    async def wake_up(self) -> None: ...
+
+    @abstractmethod
+    def metrics(self) -> EngineMetrics:
+        """Of all replicas."""
+
+    @abstractmethod
+    def health(self) -> list[Health]: ...
+
+    @abstractmethod
+    def close(self, timeout: float = 5.0) -> None:
+        """Idempotent. Whoever still waits gets EngineDead."""
+
+
+def send(items: list[tuple[Stream, Item]]) -> list[Stream]:
+    """Hands items to their callers, with one wake-up per event loop; returns streams whose event loop is closed."""
+    by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Stream, Item]]] = {}
+    for stream, item in items:
+        by_loop.setdefault(stream.loop, []).append((stream, item))
+    lost: list[Stream] = []
+    for loop, batch in by_loop.items():
+        try:
+            if loop is None:
+                _put(batch)
+            else:
+                loop.call_soon_threadsafe(_put, batch)
+        except RuntimeError:  # that event loop is closed: its callers are gone
+            lost += [stream for stream, _ in batch]
+    return lost
+
+
+def _put(batch: list[tuple[Stream, Item]]) -> None:
+    for stream, item in batch:
+        stream.put(stream.request.request_id, item)
