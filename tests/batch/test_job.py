@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -158,7 +159,7 @@ def test_a_row_that_fails_is_its_columns_and_an_error_and_goes_to_the_errors_too
     error = {"type": "ValueError", "message": "no", "stage": "answers"}
     assert records(out)[:2] == [{"id": 0, "answer": "yes"}, {"id": 1, "error": error}]
     assert records(errors) == [{"id": 1, "error": error}, {"id": 3, "error": error}]
-    assert (summary.tally.rows, summary.tally.failed, summary.tally.first_error) == (5, 2, "row 2: no")
+    assert (summary.tally.rows, summary.tally.failed, summary.tally.first_error) == (5, 2, "row 2: ValueError: no")
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "failed.jsonl"}
 
 
@@ -185,7 +186,7 @@ def test_the_column_for_errors_is_not_the_stages(tmp_path: Path) -> None:
 def test_a_job_that_stops_names_the_first_row_that_failed_and_keeps_those_before_it(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(50)))
     out = tmp_path / "out.jsonl"
-    with pytest.raises(RowFailed, match="line 21: no"):
+    with pytest.raises(RowFailed, match="line 21: ValueError: no"):
         do(tmp_path / "in.jsonl", out, Answers(fails_on(20, 22)), stops=True)
     stage = Answers(fails_on())
     do(tmp_path / "in.jsonl", out, stage, stops=True, resume=True)
@@ -217,6 +218,22 @@ def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     stage = Answers()
     do(rows(10_000), out, stage, resume=True)
     assert stage.ran[0] == job.kept[0] > 30
+
+
+def test_where_an_event_loop_runs_a_job_has_a_thread_which_ctrl_c_ends(tmp_path: Path) -> None:
+    def interrupt(row: Row) -> None:
+        if row.data["id"] == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    async def notebook(source: Iterable[dict[str, Any]]) -> Summary:
+        return do(source, tmp_path / "out.jsonl", Answers(interrupt))
+
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(notebook(rows(20))).tally.rows == 20
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(notebook({"id": i} for i in itertools.count()))
+    loop.close()
+    assert len(ids(tmp_path / "out.jsonl.partial")) > 30
 
 
 def test_a_job_without_resume_starts_over(tmp_path: Path) -> None:

@@ -7,13 +7,16 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headway.batch import durable
 from headway.batch.feed import DirectFeed, ThreadFeed
 from headway.batch.flow import Flow
 from headway.batch.ledger import Answer, Earlier, Ledger, State, Tally
@@ -21,7 +24,7 @@ from headway.batch.openai_file import RequestReader
 from headway.batch.output import Output
 from headway.batch.progress import Progress
 from headway.batch.pump import Item, Pump, changed
-from headway.batch.readers import InputRow, Reader, format_of, open_reader
+from headway.batch.readers import FORMATS, InputRow, Reader, format_of, open_reader
 from headway.batch.sinks import JsonLinesSink, Record, Sink, open_sink
 from headway.batch.specs import EngineSpec
 from headway.errors import ConfigError
@@ -80,6 +83,7 @@ class Job:
         requests: Callable[[Reader], Reader] | None = None,
     ) -> None:
         self._options, self._stops, self._target = options, stops, str(target)
+        _check_formats(options)
         self._kind = options.output_format or ("openai" if options.input_format == "openai" else format_of(target))
         self._reader = open_reader(source, options.input_format)
         if options.input_format == "openai":
@@ -110,7 +114,24 @@ class Job:
         return (self._output.kept, self._sink.partial.path) if self._sink.partial and self._output.kept else None
 
     async def run(self, flow: Flow) -> Summary:
-        """Opens the flow if there is anything to do, and closes it."""
+        """Opens the flow if there is anything to do, and closes it. Raises ConfigError if another job runs."""
+        with self._alone():
+            return await self._run(flow)
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        path = self._sink.path
+        if not self._sink.partial:
+            yield
+            return
+        with ExitStack() as lock:
+            with self._output.disk():
+                free = lock.enter_context(durable.locked(path.with_name(path.name + ".lock")))
+            if not free or (self._resumes and self._ledger.load() != self._found):
+                raise ConfigError("output", str(path), "is being written by another job")
+            yield
+
+    async def _run(self, flow: Flow) -> Summary:
         began = started = time.perf_counter()
         state = self._state
         retries = self._options.retry_failed and state.earlier is None and bool(state.rows or state.held)
@@ -132,7 +153,7 @@ class Job:
 
     async def _pass(self, flow: Flow, items: Iterator[Item]) -> None:
         feed = ThreadFeed(items) if self._reader.waits else DirectFeed(items)
-        progress = Progress(self._reader.count(), self.tally, self._options.progress)
+        progress = Progress(self._reader.count, self.tally, self._options.progress)
         try:
             pump = Pump(flow, feed, self._output, flow.window, progress.update)
             await pump.run(self._options.flush_interval_s)
@@ -143,9 +164,10 @@ class Job:
 
     def _load(self) -> State:
         """Where to go on: the earlier run's state if there is one that counts."""
+        self._found: State | None = None
         state, output, partial = None, self._sink.path, self._sink.partial
         if self._resumes and partial:
-            state = self._ledger.load()
+            self._found = state = self._ledger.load()
             if state and state.complete and not (output.exists() or partial.path.exists()):
                 state = None
             if state is None and self._options.retry_failed and output.exists():
@@ -213,6 +235,9 @@ def request_reader(processor: Processor) -> Callable[[Reader], Reader] | None:
 
 
 def run(job: Job, flow: Flow) -> Summary:
+    """Where an event loop runs already, as in a notebook, on a thread of its own."""
+    stop: list[Callable[[], object]] = []
+
     async def interruptible() -> Summary:
         task = asyncio.current_task()
         assert task
@@ -225,6 +250,7 @@ def run(job: Job, flow: Flow) -> Summary:
                 task.cancel()
             interrupts.append(None)
 
+        stop.append(partial(loop.call_soon_threadsafe, interrupt))
         if threading.current_thread() is threading.main_thread():
             loop.add_signal_handler(signal.SIGINT, interrupt)
         try:
@@ -234,7 +260,17 @@ def run(job: Job, flow: Flow) -> Summary:
                 raise KeyboardInterrupt from None
             raise
 
-    return asyncio.run(interruptible())
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(interruptible())
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(asyncio.run, interruptible()).result()
+        except KeyboardInterrupt:
+            for call in stop:
+                call()
+            raise
 
 
 def _skip(rows: Iterator[InputRow], state: State) -> None:
@@ -271,8 +307,20 @@ def _errors_sink(path: str | Path | None) -> JsonLinesSink | None:
 
 
 def _check_distinct(source: object, sink: Sink, errors: JsonLinesSink | None) -> None:
-    paths = [path.resolve() for path in (Path(str(source)),) if isinstance(source, (str, Path)) and path.is_file()]
-    if sink.partial and sink.path in paths:
-        raise ConfigError("output", str(sink.path), "must be another file than the input")
-    if errors and errors.path in (sink.path, *paths):
-        raise ConfigError("errors", str(errors.path), "must be another file than the input and the output")
+    """A file of rows that are on their way is one of the job's, too."""
+    taken = [Path(str(source)).resolve()] if isinstance(source, (str, Path)) and Path(source).is_file() else []
+    for name, one in (("output", sink), ("errors", errors)):
+        if one and one.partial:
+            if one.path in taken or one.partial.path in taken:
+                others = "the input" if name == "output" else "the input and the output"
+                raise ConfigError(name, str(one.path), f"must be another file than {others}")
+            taken += one.path, one.partial.path
+
+
+def _check_formats(options: JobOptions) -> None:
+    known = sorted({"openai", *FORMATS.values()})
+    for name, given in (("input_format", options.input_format), ("output_format", options.output_format)):
+        if given is not None and given not in known:
+            raise ConfigError(name, given, f"must be one of {', '.join(known)}")
+    if options.output_format == "openai" != options.input_format:
+        raise ConfigError("output_format", "openai", "is for input_format openai")

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from headway import errors
 from headway.batch import durable
 from headway.batch.readers import InputRow
 from headway.batch.sinks import Codec, Record
@@ -197,5 +198,8 @@ def answer_of(row: InputRow, record: Record) -> Answer:
 def named_error(row: InputRow) -> str | None:
     if row.error is None:
         return None
-    place, message = row.place + ": ", row.error.message
-    return message if message.startswith(place) else place + message
+    place, error = row.place + ": ", row.error
+    if error.message.startswith(place):
+        return error.message
+    ours = error.type == "InvalidRow" or hasattr(errors, error.type)  # says what is wrong; a KeyError does not
+    return place + (error.message if ours else f"{error.type}: {error.message}")
