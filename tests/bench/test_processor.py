@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -62,6 +63,7 @@ def test_a_mode_that_cannot_run_says_why_and_stops_nobody(tiny: list[str], capsy
         (["--mode", ","], "mode=',': must name at least one"),
         (["--mode", "classify,two_engines"], "mode='classify,two_engines': beside classify"),
         (["--mode", "local", "--max-tokens", "3000"], "max_model_len"),
+        (["--mode", "classify"], "has no classification head"),
         (["--mode", "local", "--report", "/absent/report.html"], "report='/absent/report.html'"),
     ],
 )
@@ -71,6 +73,11 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
     assert main(["bench", "processor", *tiny, *SIZES, *options]) == 2
     said = capsys.readouterr().err
     assert message in said and "starting" not in said
+
+
+def test_the_help_names_every_mode() -> None:
+    text = ProcessorOptions.__dataclass_fields__["mode"].metadata["text"]
+    assert set(MODES) <= set(re.split(r"[ ,;]", text))
 
 
 def test_beside_classify_all_classify() -> None:

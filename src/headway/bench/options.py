@@ -73,7 +73,12 @@ class ExecutorsOptions:
 class ProcessorOptions:
     """mode is words between commas: see MODES of processor_modes."""
 
-    mode: str = setting("engine", text="how the job is done; several, with commas between them, take turns")
+    mode: str = setting(
+        "engine",
+        text="how the job is done; several, with commas between them, take turns: generate (LLM.generate, what the "
+        "others are held against), local, local_two_engines, local_shared_engine; on Ray: engine, two_engines, "
+        "shared_engine, serve_deployment, shared_serve_deployment; classify",
+    )
     num_prompts: int = setting(1000, text="rows a repeat", low=1)
     input_len: int = setting(64, text="tokens a prompt", low=1)
     max_tokens: int = setting(64, text="tokens an answer, exactly", low=1)
@@ -87,6 +92,29 @@ class ProcessorOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    url: str | None = setting(text="a server that runs already, of any make (default: start one with these settings)")
+    server_args: str | None = setting(text="further options of the server that is started, in one word")
+    served_model: str | None = setting(text="the model's name in requests, where the server wants one")
+    api_key: str | None = setting(text="the bearer token of requests")
+    endpoint: Literal["completions", "chat"] = setting("completions", text="random token ids, or conversations")
+    stream: bool = setting(True, text="answers come as server-sent events")
+    baseline: bool = setting(True, text="run the same requests through LLM.generate in turn; not for chat")
+    concurrency: int = setting(64, text="requests at a time", low=1)
+    input_len: int = setting(64, text="tokens a prompt (of chat: words)", low=1)
+    output_len: int = setting(64, text="tokens an answer", low=1)
+    num_prompts: int = setting(256, text="requests a repeat", low=1)
+    repeats: int = setting(5, text="times the load runs; medians are reported", low=1)
+    seed: int = setting(0, text="of the random prompts, which are others in each repeat", low=0)
+    json: str | None = setting(text="write the report to this file too")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.baseline and self.endpoint == "chat":
+            raise ConfigError("baseline", True, "is of prompts of token ids; with endpoint=chat say no-baseline")
 
 
 def words(text: str) -> list[str]:

@@ -102,6 +102,8 @@ def _resolved(options: ProcessorOptions, args: EngineArgs, task: Task) -> tuple[
     path = resolve_source(args.model, args.revision, load_format=args.load_format)
     facts = describe(path)
     config = resolve(for_mode(args, task), facts, machine_facts(), str(path))
+    if task == "classify" and not facts.num_labels:
+        raise ConfigError("mode", "classify", f"{args.model} has no classification head")
     answer = options.max_tokens if task == "generate" else 0
     turns = max(MODES[name].steps for name in words(options.mode))
     length = options.input_len + answer + (turns - 1) * (QUESTION_LEN + answer)
@@ -117,7 +119,7 @@ def _cluster(cpus: int) -> Generator[str]:
     try:
         import ray
     except ImportError as error:
-        raise MissingDependencyError("modes on Ray need it: pip install 'headway[ray]'") from error
+        raise MissingDependencyError("modes on Ray need Ray: pip install 'headway[ray]'") from error
     ray.init(num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     try:
         yield ray.get_runtime_context().gcs_address
