@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -38,6 +41,37 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def locked(path: Path) -> Generator[bool]:
+    """False if another has the lock. It ends with this process, however that ends; else its file goes."""
+    descriptor = _lock(path)
+    while descriptor is not None and not _is_there(path, descriptor):  # another has removed it meanwhile
+        os.close(descriptor)
+        descriptor = _lock(path)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def _is_there(path: Path, descriptor: int) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+
+
 class AppendedFile:
     """Grows at its end. It is opened, and cut to ``length``, when something is first appended.
 
@@ -60,6 +94,7 @@ class AppendedFile:
         """The descriptor."""
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+            sync_directory(self.path.parent)
             os.ftruncate(self._descriptor, self.length)
         return self._descriptor
 

@@ -94,7 +94,7 @@ class Output:
         if not self._ledger or not self._held or not self._dirty or not self._whole:
             return None
         self._write()
-        with self._disk():
+        with self.disk():
             self._begin()
             held = self._held.add(self._waiting)
         self._dirty, self._uncommitted = False, 0
@@ -112,7 +112,7 @@ class Output:
 
     def make_durable(self, state: State) -> None:
         assert self._ledger and self._held
-        with self._disk():
+        with self.disk():
             for file, _ in self._files(state):
                 file.sync()
             self._held.sync()
@@ -128,7 +128,7 @@ class Output:
         """The output appears. Nothing else is left, but a ledger that says so if it is to be kept."""
         self._write()
         assert self._whole and not self._waiting and not self.failure, "a row is missing"
-        with self._disk():
+        with self.disk():
             self._begin()
             for file, _ in self._files(self._state):
                 file.open()  # there may be no row
@@ -138,7 +138,7 @@ class Output:
 
     def publish(self, keep_ledger: bool) -> None:
         """Of a state that is complete: what finish() may have left to do."""
-        with self._disk():
+        with self.disk():
             self.sink.finish()
             if self._errors:
                 self._errors.finish()
@@ -169,7 +169,7 @@ class Output:
         content = self._encoded(ready)
         failed = [answer.record for answer in ready if answer.error is not None]
         self._whole = False  # until files and counts agree again
-        with self._disk():
+        with self.disk():
             self._begin()
             self.sink.append(content)
             if failed and self._errors:
@@ -196,11 +196,19 @@ class Output:
             if answer.row is None:
                 raise
             answer.row.fail(error, "output")
+            answer.row.source = {name: value for name, value in answer.row.source.items() if self._stores(name, value)}
             answer.record, answer.error = self.sink.record(answer.row), named_error(answer.row)
             if self._stops:
                 self.failure = answer
                 del self._ready[answer.index - self.next_index :]
                 raise RowFailed(answer.error or "") from None
+
+    def _stores(self, name: str, value: object) -> bool:
+        try:
+            self.sink.encode([{name: value}])
+        except Exception:
+            return False
+        return True
 
     def _count(self, answer: Answer) -> None:
         tally = self.tally
@@ -212,7 +220,7 @@ class Output:
             tally.first_error = tally.first_error or answer.error
 
     @contextmanager
-    def _disk(self) -> Generator[None, None, None]:
+    def disk(self) -> Generator[None, None, None]:
         """A disk that is full is the user's to mend; a reader that left a pipe is another matter."""
         try:
             yield

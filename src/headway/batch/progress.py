@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
@@ -11,17 +12,19 @@ from headway.batch.ledger import Answer, Tally
 
 
 class Progress:
-    """Nothing is shown where there is no terminal. done: what earlier runs of the job did."""
+    """Nothing is shown, or counted, where there is no terminal. done: what earlier runs of the job did."""
 
-    def __init__(self, total: int | None, done: Tally, show: bool) -> None:
-        disable = None if show else True
-        self._bar = tqdm(total=total, initial=done.rows, unit="row", dynamic_ncols=True, disable=disable)
+    def __init__(self, total: Callable[[], int | None], done: Tally, show: bool) -> None:
+        show = show and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total() if show else None, initial=done.rows, unit="row", dynamic_ncols=True, disable=not show
+        )
         self._failed, self._tokens = done.failed, 0
         self._began = time.perf_counter()
 
     def update(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
-            self._tokens += answer.output_tokens
+            self._tokens += 0 if answer.copied else answer.output_tokens or answer.prompt_tokens
             self._failed += answer.error is not None
         if not self._bar.disable:
             self._bar.set_postfix_str(self._rates(), refresh=False)
