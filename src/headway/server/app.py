@@ -13,16 +13,42 @@ from starlette.routing import Route
 
 from headway import __version__
 from headway.server.access import middleware
+from headway.server.chat import chat
+from headway.server.completions import completions
 from headway.server.endpoint import Endpoint
 from headway.server.errors import error_body
-from headway.server.generation import chat, completions
 from headway.server.metrics import exposition
+from headway.server.openapi import DOCS, Posts, document
+from headway.server.pooling import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    ScoreRequest,
+    classify,
+    embeddings,
+    rerank,
+    score,
+)
 from headway.server.protocol import ChatRequest, CompletionRequest
 from headway.server.state import State
+from headway.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+
+
+POSTS: Posts = {
+    "/v1/chat/completions": (ChatRequest, chat),
+    "/v1/completions": (CompletionRequest, completions),
+    "/v1/embeddings": (EmbeddingRequest, embeddings),
+    "/v1/classify": (ClassifyRequest, classify),
+    "/v1/score": (ScoreRequest, score),
+    "/v1/rerank": (RerankRequest, rerank),
+    "/tokenize": (TokenizeRequest, tokenize),
+    "/detokenize": (DetokenizeRequest, detokenize),
+}
 
 
 def make_app(state: State) -> Starlette:
     started = int(time())
+    described = msgspec.json.encode(document(POSTS))
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [_model(state, name, started) for name in state.names]})
@@ -37,14 +63,21 @@ def make_app(state: State) -> Starlette:
         text = exposition(state.names[0], state.llm.metrics(), state.stats)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def openapi(_: Request) -> Response:
+        return Response(described, media_type="application/json")
+
+    async def docs(_: Request) -> Response:
+        return Response(DOCS, media_type="text/html")
+
     routes = [
-        Route("/v1/chat/completions", Endpoint(state, ChatRequest, chat), methods=["POST"]),
-        Route("/v1/completions", Endpoint(state, CompletionRequest, completions), methods=["POST"]),
+        *(Route(path, Endpoint(state, *post), methods=["POST"]) for path, post in POSTS.items()),
         Route("/v1/models", models),
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/version", version),
         Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
+        Route("/docs", docs),
     ]
     return Starlette(routes=routes, exception_handlers={404: _error, 405: _error}, middleware=middleware(state.options))
 

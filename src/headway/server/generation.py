@@ -1,145 +1,140 @@
-"""/v1/chat/completions and /v1/completions."""
+"""What the endpoints that generate have in common: what is refused, how prompts run, how they end."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
-from typing import Any, cast
+from typing import Any
 
+import msgspec
+
+from headway.errors import RequestError
+from headway.llm.async_llm import INLINE_CHARS
 from headway.llm.prompts import PromptInput
-from headway.messages import Completion, RequestOutput, SamplingParams
-from headway.server.answers import DONE, Head, Record, Usage, chat_logprobs, encode, text_logprobs, usage_of
-from headway.server.endpoint import Answer, Stream
+from headway.messages import Completion, RequestOutput, SamplingParams, StructuredOutput
 from headway.server.errors import ApiError
-from headway.server.protocol import ChatRequest, CompletionRequest, Sampling
+from headway.server.protocol import ChatRequest, Sampling
 from headway.server.state import State
 
 Outputs = AsyncGenerator[RequestOutput, None]
 
 
-async def chat(state: State, request: ChatRequest) -> Answer:
+def check(state: State, request: Sampling) -> None:
+    """ApiError or RequestError for what this server, or any, cannot honour."""
     state.check_model(request.model)
-    params = request.params(
-        state.chat_defaults,
-        max_tokens=request.max_completion_tokens,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        structured=request.response_format and request.response_format.structured(),
-    )
-    prompt = state.llm.chat_prompt(
+    if request.priority and state.llm.config.scheduler.policy != "priority":
+        raise RequestError("priority", request.priority, "the server was not started with --scheduling-policy priority")
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options", request.stream_options, "only with stream=true")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs", request.prompt_logprobs, "not with stream=true")
+    if request.store:
+        raise RequestError("store", True, "nothing is stored here")
+
+
+def sampling(request: Sampling, defaults: SamplingParams, **more: object) -> SamplingParams:
+    """more: in place of what the request says. Raises RequestError."""
+    given: dict[str, Any] = {**request.given(), **more}
+    with _client_names(request):
+        if "structured" in given:
+            given["structured"] = StructuredOutput(**given["structured"])
+        return msgspec.structs.replace(defaults, **given)
+
+
+async def chat_prompt(state: State, request: ChatRequest, tools: list[dict[str, Any]] | None) -> PromptInput:
+    if request.chat_template is not None and not state.options.trust_request_chat_template:
+        accepted = "the server was not started with --trust-request-chat-template"
+        raise RequestError("chat_template", request.chat_template, accepted)
+    render = partial(
+        state.llm.chat_prompt,
         request.messages,
-        tools=request.tools,
+        tools=tools,
+        chat_template=request.chat_template or state.chat_template,
         template_kwargs=request.chat_template_kwargs,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
     )
-    head = Head("chatcmpl", "chat.completion", state.names[0])
-    outputs = _run(state, prompt, params, request)
-    if request.stream:
-        return _chat_chunks(head, outputs, request, params.n)
-    (output,) = [one async for one in outputs]
-    choices = [_chat_choice(sample) for sample in output.outputs]
-    return encode({**head.record(), "choices": choices, "usage": usage_of([output]).record()})
+    is_quick = len(msgspec.json.encode((request.messages, tools))) <= INLINE_CHARS
+    return render() if is_quick else await asyncio.to_thread(render)
 
 
-async def completions(state: State, request: CompletionRequest) -> Answer:
-    state.check_model(request.model)
-    params = request.params(
-        state.completion_defaults,
-        logprobs=request.logprobs,
-        structured=request.response_format and request.response_format.structured(),
-    )
-    head = Head("cmpl", "text_completion", state.names[0])
-    (prompt,) = _prompts(request.prompt)
-    outputs = _run(state, prompt, params, request)
-    if request.stream:
-        return _text_chunks(head, outputs, request)
-    (output,) = [one async for one in outputs]
-    choices = [_text_choice(sample) for sample in output.outputs]
-    return encode({**head.record(), "choices": choices, "usage": usage_of([output]).record()})
-
-
-def _run(state: State, prompt: PromptInput, params: SamplingParams, request: Sampling) -> Outputs:
-    prompt = replace(prompt, cache_salt=request.cache_salt) if request.cache_salt else prompt
-    return state.llm.generate(prompt, params, priority=request.priority, stream=request.stream)
-
-
-def _prompts(given: str | list[int | str | list[int]]) -> list[PromptInput]:
-    if isinstance(given, str):
-        return [PromptInput(text=given)]
-    if all(isinstance(one, int) for one in given):
-        return [PromptInput(token_ids=cast("list[int]", given))]
-    prompts = [
-        PromptInput(text=one) if isinstance(one, str) else PromptInput(token_ids=one)
-        for one in given
-        if not isinstance(one, int)
+@asynccontextmanager
+async def run(
+    state: State, prompts: list[PromptInput], params: SamplingParams, request: Sampling
+) -> AsyncGenerator[Outputs]:
+    """The prompts' outputs as they come; samples are numbered through all prompts. Leaving it ends what still runs."""
+    if len(prompts) * params.n > state.most:
+        raise RequestError("n", params.n, f"at most {state.most} samples may run or wait, of all prompts together")
+    streams = [
+        state.stats.watch(
+            state.llm.generate(
+                replace(prompt, cache_salt=request.cache_salt) if request.cache_salt else prompt,
+                params,
+                priority=request.priority,
+                stream=request.stream,
+            )
+        )
+        for prompt in prompts
     ]
-    if len(prompts) < len(given):
-        raise ApiError(HTTPStatus.BAD_REQUEST, "prompt: token ids must be one list each", param="prompt")
-    return prompts
+    outputs = streams[0] if len(streams) == 1 else _merged(streams, params.n)
+    with _client_names(request):
+        async with aclosing(outputs):
+            yield outputs
 
 
-def _chat_choice(sample: Completion) -> Record:
-    message: Record = {"role": "assistant", "content": sample.text}
-    return {
-        "index": sample.index,
-        "message": message,
-        "logprobs": chat_logprobs(sample),
-        "finish_reason": sample.finish_reason,
-    }
+async def whole(
+    state: State, prompts: list[PromptInput], params: SamplingParams, request: Sampling
+) -> list[RequestOutput]:
+    """One of each prompt, in their order."""
+    async with run(state, prompts, params, request) as outputs:
+        done = [output async for output in outputs]
+        for sample in (sample for output in done for sample in output.outputs):
+            check_end(sample)
+    return sorted(done, key=lambda output: output.outputs[0].index)
 
 
-def _text_choice(sample: Completion) -> Record:
-    return {
-        "index": sample.index,
-        "text": sample.text,
-        "logprobs": text_logprobs(sample),
-        "finish_reason": sample.finish_reason,
-        "stop_reason": sample.stop_reason,
-    }
+def check_end(sample: Completion) -> None:
+    """Raises for an answer that is not whole: none is cut in silence."""
+    if sample.finish_reason == "error":
+        raise RequestError("structured", sample.error, "the model could not follow it to the end")
+    if sample.finish_reason == "abort":
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the request was aborted")
 
 
-async def _chat_chunks(head: Head, outputs: Outputs, request: ChatRequest, n: int) -> Stream:
-    """Text alone is written by hand: it is what nearly every chunk has, tens of thousands of times a second."""
-    record = {**head.record("chat.completion.chunk"), "choices": []}
-    before = encode(record)[:-3]  # up to the opening bracket of the choices
-    options = request.stream_options
-    usage = Usage()
-    first = set(range(n))
-    async for output in outputs:
-        usage.prompt, usage.cached = len(output.prompt_token_ids), output.num_cached_tokens
-        for sample in output.outputs:
-            usage.completion += len(sample.token_ids)
-            if sample.index in first:
-                first.discard(sample.index)
-                yield (
-                    b"data: "
-                    + before
-                    + b"["
-                    + encode(_chat_delta(sample.index, {"role": "assistant", "content": ""}))
-                    + b"]}\n\n"
-                )
-            if sample.text or sample.logprobs or sample.finish_reason:
-                delta = _chat_delta(sample.index, {"content": sample.text}, chat_logprobs(sample), sample.finish_reason)
-                yield b"data: " + before + b"[" + encode(delta) + b"]}\n\n"
-    if options is not None and options.include_usage:
-        yield b"data: " + encode({**record, "usage": usage.record()}) + b"\n\n"
-    yield DONE
+async def _merged(streams: list[Outputs], n: int) -> Outputs:
+    queue: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+
+    async def read(first: int, outputs: Outputs) -> None:
+        async with aclosing(outputs):
+            async for output in outputs:
+                for sample in output.outputs:
+                    sample.index += first
+                queue.put_nowait(output)
+
+    tasks = [asyncio.ensure_future(read(i * n, outputs)) for i, outputs in enumerate(streams)]
+    together = asyncio.gather(*tasks)
+    together.add_done_callback(lambda _: queue.put_nowait(None))
+    try:
+        while (output := await queue.get()) is not None:
+            yield output
+        await together
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
-def _chat_delta(index: int, delta: Record, logprobs: Any = None, reason: str | None = None) -> Record:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-async def _text_chunks(head: Head, outputs: Outputs, request: CompletionRequest) -> Stream:
-    record = {**head.record(), "choices": []}
-    usage = Usage()
-    options = request.stream_options
-    async for output in outputs:
-        usage.prompt, usage.cached = len(output.prompt_token_ids), output.num_cached_tokens
-        for sample in output.outputs:
-            usage.completion += len(sample.token_ids)
-            yield b"data: " + encode({**record, "choices": [_text_choice(sample)]}) + b"\n\n"
-    if options is not None and options.include_usage:
-        yield b"data: " + encode({**record, "usage": usage.record()}) + b"\n\n"
-    yield DONE
+@contextmanager
+def _client_names(request: Sampling) -> Generator[None]:
+    """Structured output is told of under the name that the client has given it."""
+    try:
+        yield
+    except RequestError as error:
+        if not error.field.startswith("structured"):
+            raise
+        fields = (name for name in ("structured_outputs", "response_format") if getattr(request, name) is not None)
+        raise RequestError(next(fields, "tools"), error.value, error.accepted) from error

@@ -27,13 +27,15 @@ class ServeOptions:
         30.0, text="seconds that running requests have to finish after SIGTERM or Ctrl-C", low=0
     )
     max_waiting: int = setting(2048, text="requests that may wait for the engine; further ones get status 429", low=0)
+    chat_template: str | None = setting(text="file of the chat template to use instead of the model's")
+    trust_request_chat_template: bool = setting(False, text="requests may bring a chat_template, which is a program")
     max_body_bytes: int = setting(32 << 20, text="largest request body, in bytes", low=1)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError("ssl_keyfile", self.ssl_keyfile, "needs ssl_certfile")
-        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "chat_template"):
             path = getattr(self, name)
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(name, path, "cannot be read")

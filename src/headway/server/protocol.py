@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from headway.messages import SamplingParams, StructuredOutput
+from headway.errors import RequestError
+from headway.messages import SamplingParams
 from headway.server.errors import ApiError
 
 T = TypeVar("T")
@@ -27,60 +28,13 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     continuous_usage_stats: bool = False
 
 
-class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What every request that generates may say; what it does not say is the model's default.
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """As StructuredOutput; one of them."""
 
-    user, metadata, store, service_tier, safety_identifier, prompt_cache_key: labels; nothing depends on them.
-    """
-
-    model: str | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: list[str] | str | None = None
-    logit_bias: dict[str, float] | None = None
-    max_tokens: int | None = None
-
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    stop_token_ids: TokenIds | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool | None = None
-    structured_outputs: dict[str, Any] | None = None
-    priority: int = 0
-    cache_salt: str = ""
-
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-
-    def params(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
-        """Raises RequestError. more: fields that requests of one kind say in their own way."""
-        given: dict[str, Any] = {name: v for name in _SAMPLING if (v := getattr(self, name)) is not None}
-        if self.logit_bias is not None:
-            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
-        if self.structured_outputs is not None:
-            given["structured"] = _convert(self.structured_outputs, StructuredOutput, "structured_outputs")
-        given |= {name: value for name, value in more.items() if value is not None}
-        return msgspec.structs.replace(defaults, **given)
-
-
-_SAMPLING = [
-    name for name in SamplingParams.__struct_fields__ if name in Sampling.__struct_fields__ and name != "logit_bias"
-]
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
 
 class JsonSchema(msgspec.Struct, kw_only=True):
@@ -98,14 +52,73 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    def structured(self) -> StructuredOutput | None:
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return StructuredOutput(json={})
+    def structured(self) -> dict[str, Any] | None:
+        if self.type != "json_schema":
+            return None if self.type == "text" else {"json": {}}
         if self.json_schema is None:
-            raise ApiError(HTTPStatus.BAD_REQUEST, "response_format.json_schema: is needed", param="response_format")
-        return StructuredOutput(json=self.json_schema.schema)
+            raise RequestError("response_format", self.type, "json_schema, with a schema, is needed")
+        return {"json": self.json_schema.schema}
+
+
+class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What every request that generates may say; what it does not say is the model's default.
+
+    user, metadata, service_tier, safety_identifier, prompt_cache_key: labels; nothing depends on them.
+    """
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] | str | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    response_format: ResponseFormat | None = None
+    store: bool = False
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: int = 0
+    cache_salt: str = ""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What it says of SamplingParams, under the names there; ``structured`` as a dict. Raises RequestError."""
+        given: dict[str, Any] = {name: v for name in _SAMPLING if (v := getattr(self, name)) is not None}
+        if self.logit_bias is not None:
+            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        structured = self.response_format and self.response_format.structured()
+        if self.structured_outputs is not None:
+            if structured is not None:
+                raise RequestError("structured_outputs", self.structured_outputs, "not beside response_format")
+            structured = msgspec.to_builtins(self.structured_outputs)
+        if structured is not None:
+            given["structured"] = structured
+        return given
+
+
+_SAMPLING = [
+    name for name in SamplingParams.__struct_fields__ if name in Sampling.__struct_fields__ and name != "logit_bias"
+]
 
 
 class ChatRequest(Sampling, kw_only=True):
@@ -115,7 +128,6 @@ class ChatRequest(Sampling, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
@@ -124,14 +136,31 @@ class ChatRequest(Sampling, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
+    def given(self) -> dict[str, Any]:
+        given = Sampling.given(self)
+        if self.max_completion_tokens is not None:
+            given["max_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        elif self.top_logprobs:
+            raise RequestError("top_logprobs", self.top_logprobs, "needs logprobs=true")
+        return given
+
 
 class CompletionRequest(Sampling, kw_only=True):
-    """/v1/completions. prompt: a text, token ids, or a list of either."""
+    """/v1/completions. prompt: a text, token ids, or a list of either. max_tokens: may be 0 with echo."""
 
     prompt: str | list[int | str | TokenIds]
     echo: bool = False
     logprobs: int | None = None
-    response_format: ResponseFormat | None = None
+
+    def given(self) -> dict[str, Any]:
+        given = Sampling.given(self)
+        if self.logprobs is not None:
+            given["logprobs"] = self.logprobs
+            if self.echo:
+                given["prompt_logprobs"] = self.logprobs
+        return given
 
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
@@ -161,12 +190,4 @@ def _token_id(key: str) -> int:
     try:
         return int(key)
     except ValueError:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"logit_bias[{key}]: must be a token id", param="logit_bias") from None
-
-
-def _convert(value: dict[str, Any], kind: type[T], field: str) -> T:
-    known = getattr(kind, "__struct_fields__")  # noqa: B009
-    if unknown := [name for name in value if name not in known]:
-        message = f"{field}.{unknown[0]}: must be one of {', '.join(known)}"
-        raise ApiError(HTTPStatus.BAD_REQUEST, message, param=f"{field}.{unknown[0]}")
-    return kind(**value)
+        raise RequestError(f"logit_bias[{key}]", key, "must be a token id") from None

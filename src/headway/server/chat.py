@@ -1,0 +1,174 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from headway.llm.prompts import PromptInput
+from headway.messages import Completion, SamplingParams
+from headway.server.answers import (
+    TEXT,
+    Chunks,
+    Head,
+    Record,
+    Usage,
+    call_record,
+    chat_choice,
+    chat_logprobs,
+    encode,
+    finish_reason,
+    usage_of,
+)
+from headway.server.endpoint import Answer, Stream
+from headway.server.generation import chat_prompt, check, check_end, run, sampling, whole
+from headway.server.protocol import ChatRequest
+from headway.server.reading import ANSWER, THINK, Call, Content, Message, Part, Reader, Thinking, call_id
+from headway.server.state import State
+from headway.server.tools import tool_use
+from headway.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A conversation's next answer. reader: of each sample; None if its text is all content."""
+
+    prompt: PromptInput
+    params: SamplingParams
+    reader: Callable[[], Reader] | None
+
+    def message(self, text: str) -> Message:
+        return Message.read(self.reader() if self.reader else Content(), text)
+
+
+async def prepare(state: State, request: ChatRequest) -> Turn:
+    """ApiError or RequestError for what cannot be honoured."""
+    check(state, request)
+    tools = tool_use(request, state.tools)
+    more = {} if tools.schema is None else {"structured": {"json": tools.schema}}
+    params = sampling(request, state.chat_defaults, **more)
+    prompt = await chat_prompt(state, request, tools.shown)
+    if not state.thinks:
+        return Turn(prompt, params, tools.reader)
+    # A constraint begins with the text and knows of no reasoning.
+    inside = params.structured is None and (prompt.text or "").rstrip().endswith(THINK)
+    return Turn(prompt, params, lambda: Thinking(inside, tools.reader() if tools.reader else Content()))
+
+
+async def chat(state: State, request: ChatRequest) -> Answer:
+    turn = await prepare(state, request)
+    if request.stream:
+        return _stream(state, turn, request)
+    (output,) = await whole(state, [turn.prompt], turn.params, request)
+    messages = [turn.message(sample.text) for sample in output.outputs]
+    top = request.top_logprobs or 0
+    record = {
+        **Head("chatcmpl", "chat.completion", state.names[0]).record(),
+        "choices": [chat_choice(sample, message, top) for sample, message in zip(output.outputs, messages)],
+        "usage": usage_of([output], reasoning_tokens(state, output.outputs, messages)).record(),
+    }
+    if request.prompt_logprobs is not None:
+        record["prompt_logprobs"] = output.prompt_logprobs
+    return encode(record)
+
+
+def reasoning_tokens(state: State, samples: list[Completion], messages: list[Message]) -> int:
+    """With the marks around it."""
+    reasoned = [sample for sample, message in zip(samples, messages) if message.reasoning]
+    return sum(_thinking_tokens(state.llm.tokenizer, sample.token_ids) for sample in reasoned)
+
+
+def _thinking_tokens(tokenizer: Tokenizer, token_ids: list[int]) -> int:
+    """Of an answer's tokens, those up to the end of its reasoning; all if it has no end."""
+    pieces = [tokenizer.token_to_piece(token) for token in token_ids]
+    at = "".join(pieces).find(ANSWER)
+    return len(pieces) if at < 0 else 1 + bisect_left(list(accumulate(map(len, pieces))), at + len(ANSWER))
+
+
+async def _stream(state: State, turn: Turn, request: ChatRequest) -> Stream:
+    usage = Usage()
+    head = Head("chatcmpl", "chat.completion.chunk", state.names[0])
+    chunks = Chunks(head.record(), request.stream_options, usage)
+    choices: dict[int, _Choice] = {}
+    async with run(state, [turn.prompt], turn.params, request) as outputs:
+        async for output in outputs:
+            if not choices:
+                usage.add_prompt(output)
+            for sample in output.outputs:
+                usage.completion += len(sample.token_ids)
+                choice = choices.get(sample.index)
+                if choice is None:
+                    choice = choices[sample.index] = _Choice(sample.index, turn, chunks, request.top_logprobs or 0)
+                    yield choice.begin() + choice.feed(sample)
+                elif event := choice.feed(sample):
+                    yield event
+    usage.reasoning = sum(_thinking_tokens(state.llm.tokenizer, choice.thoughts) for choice in choices.values())
+    yield chunks.end()
+
+
+class _Choice:
+    """One sample on its way."""
+
+    def __init__(self, index: int, turn: Turn, chunks: Chunks, top: int) -> None:
+        self._index, self._chunks, self._top = index, chunks, top
+        self._reader = turn.reader() if turn.reader else None
+        self._reasoned, self._calls = False, 0
+        self._token_ids: list[int] = []
+        self._is_bare = turn.params.logprobs is None and not chunks.continuous
+        self._before, self._after = chunks.around(self._choice({"content": TEXT}))
+
+    @property
+    def thoughts(self) -> list[int]:
+        """Tokens of an answer that has reasoning."""
+        return self._token_ids if self._reasoned else []
+
+    def begin(self) -> bytes:
+        return self._chunks.event(self._choice({"role": "assistant", "content": ""}))
+
+    def feed(self, sample: Completion) -> bytes:
+        """Empty if there is nothing to tell yet."""
+        if self._reader is None and self._is_bare and sample.finish_reason is None:
+            # What most chunks are: text between bytes that are there already.
+            return self._before + encode(sample.text) + self._after if sample.text else b""
+        check_end(sample)
+        parts = self._parts(sample)
+        if self._is_bare:
+            events = [self._event(part) for part in parts]
+        else:
+            choices = [self._choice(self._delta(part)) for part in parts] or [self._choice({})]
+            choices[0]["logprobs"] = chat_logprobs(sample, self._top)
+            events = [self._chunks.event(choice) for choice in choices]
+        if sample.finish_reason is not None:
+            reason = finish_reason(sample, bool(self._calls))
+            last = {**self._choice({}), "finish_reason": reason, "stop_reason": sample.stop_reason}
+            events.append(self._chunks.event(last))
+        return b"".join(events)
+
+    def _parts(self, sample: Completion) -> list[Part]:
+        if self._reader is None:
+            return [Part("content", sample.text)] if sample.text else []
+        self._token_ids += sample.token_ids
+        parts = self._reader.push(sample.text)
+        if sample.finish_reason is not None:
+            parts += self._reader.end()
+        self._reasoned = self._reasoned or any(part.kind == "reasoning_content" for part in parts)
+        return parts
+
+    def _event(self, part: Part) -> bytes:
+        if part.kind == "content":
+            return self._before + encode(part.text) + self._after
+        return self._chunks.event(self._choice(self._delta(part)))
+
+    def _delta(self, part: Part) -> Record:
+        if part.kind != "call":
+            return {part.kind: part.text}
+        call: Record = {"function": {"arguments": part.text}}
+        if part.name:
+            self._calls += 1
+            call = call_record(Call(call_id(), part.name, part.text))
+        return {"tool_calls": [{"index": self._calls - 1, **call}]}
+
+    def _choice(self, delta: Record) -> Record:
+        return {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,0 +1,127 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, cast
+
+from headway.errors import RequestError
+from headway.llm.prompts import PromptInput
+from headway.messages import Completion, RequestOutput, SamplingParams
+from headway.server.answers import (
+    TEXT,
+    Chunks,
+    Head,
+    Record,
+    Usage,
+    encode,
+    text_choice,
+    text_logprobs,
+    usage_of,
+)
+from headway.server.endpoint import Answer, Stream
+from headway.server.errors import ApiError
+from headway.server.generation import check, check_end, run, sampling, whole
+from headway.server.protocol import CompletionRequest
+from headway.server.state import State
+
+
+async def completions(state: State, request: CompletionRequest) -> Answer:
+    check(state, request)
+    # The engine generates at least one token; where none is asked for, it is not shown.
+    params = sampling(request, state.completion_defaults, **({"max_tokens": 1} if _is_echo_alone(request) else {}))
+    prompts = prompts_of(request.prompt)
+    if request.stream:
+        return _stream(state, prompts, params, request)
+    outputs = await whole(state, prompts, params, request)
+    choices: list[Record] = []
+    for output in outputs:
+        for sample in output.outputs:
+            if _is_echo_alone(request):
+                _clear(sample)
+            choices.append(_Choice(state, request).feed(output, sample))
+            if request.prompt_logprobs is not None:
+                choices[-1]["prompt_logprobs"] = output.prompt_logprobs
+    head = Head("cmpl", "text_completion", state.names[0])
+    return encode({**head.record(), "choices": choices, "usage": usage_of(outputs).record()})
+
+
+def prompts_of(given: str | list[int | str | list[int]]) -> list[PromptInput]:
+    if isinstance(given, str):
+        return [PromptInput(text=given)]
+    if not given:
+        raise RequestError("prompt", given, "must be a text, token ids, or a list of at least one of them")
+    if all(isinstance(one, int) for one in given):
+        return [PromptInput(token_ids=cast("list[int]", given))]
+    if any(isinstance(one, int) for one in given):
+        raise ApiError(HTTPStatus.BAD_REQUEST, "prompt: token ids must be a list of their own", param="prompt")
+    return [PromptInput(text=one) if isinstance(one, str) else PromptInput(token_ids=cast(Any, one)) for one in given]
+
+
+def _is_echo_alone(request: CompletionRequest) -> bool:
+    return request.echo and request.max_tokens == 0
+
+
+def _clear(sample: Completion) -> None:
+    sample.text, sample.token_ids, sample.logprobs = "", [], sample.logprobs and []
+
+
+async def _stream(
+    state: State, prompts: list[PromptInput], params: SamplingParams, request: CompletionRequest
+) -> Stream:
+    """Text alone is put between bytes that are there already: most chunks have nothing else."""
+    usage = Usage()
+    chunks = Chunks(Head("cmpl", "text_completion", state.names[0]).record(), request.stream_options, usage)
+    is_bare = params.logprobs is None and not chunks.continuous
+    choices: dict[int, _Choice] = {}
+    around: dict[int, tuple[bytes, bytes]] = {}
+    seen: set[int] = set()
+    echo_alone = _is_echo_alone(request)
+    async with run(state, prompts, params, request) as outputs:
+        async for output in outputs:
+            for sample in output.outputs:
+                if echo_alone:
+                    _clear(sample)
+                usage.completion += len(sample.token_ids)
+                cut = around.get(sample.index)
+                if cut is not None and sample.finish_reason is None:
+                    if sample.text:
+                        yield cut[0] + encode(sample.text) + cut[1]
+                    continue
+                check_end(sample)
+                if sample.index not in choices:
+                    choices[sample.index] = _Choice(state, request)
+                    if is_bare:
+                        plain = Completion(index=sample.index, text=TEXT, token_ids=[])
+                        around[sample.index] = chunks.around(text_choice(plain, None))
+                    if sample.index // params.n not in seen:
+                        seen.add(sample.index // params.n)
+                        usage.add_prompt(output)
+                yield chunks.event(choices[sample.index].feed(output, sample))
+    yield chunks.end()
+
+
+class _Choice:
+    """One sample, whole or in pieces; with echo, its prompt is a part of the first."""
+
+    def __init__(self, state: State, request: CompletionRequest) -> None:
+        self._tokenizer = state.llm.tokenizer
+        self._echo = request.echo
+        self._offset = 0
+
+    def feed(self, output: RequestOutput, sample: Completion) -> Record:
+        text, token_ids, known = sample.text, sample.token_ids, sample.logprobs
+        first = ""
+        if self._echo:
+            self._echo = False
+            prompt = output.prompt_token_ids
+            text = (self._tokenizer.decode(prompt, False) if output.prompt is None else output.prompt) + text
+            if known is not None:
+                first = self._tokenizer.token_to_piece(prompt[0])
+                token_ids, known = [*prompt, *token_ids], [*(output.prompt_logprobs or [None]), *known]
+        logprobs = None if known is None else text_logprobs(token_ids, known, self._offset, first)
+        if logprobs is not None:
+            self._offset += sum(map(len, logprobs["tokens"]))
+        choice = text_choice(sample, logprobs)
+        choice["text"] = text
+        return choice
