@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import msgspec
 
 from headway.batch.config import EngineProcessorConfig
 from headway.batch.engines import Lease
-from headway.batch.flow import Flow
 from headway.batch.openai_file import CHAT, COMPLETIONS, answer_body, columns_of
 from headway.batch.params import sampling_params
 from headway.batch.ray.resources import engine_resources, engine_settings
 from headway.batch.ray.settle import settle_in
-from headway.batch.row import Row
+from headway.batch.row import Row, RowError
 from headway.batch.sinks import json_default
 from headway.batch.stages.engine import EngineOptions, EngineStage, Task
+from headway.batch.stages.serve import BUNDLES
 from headway.config.resolve import MAX_NUM_SEQS
-from headway.errors import MissingDependencyError, RequestError, UserError
+from headway.errors import MissingDependencyError, UserError
 from headway.messages import Completion
 
 try:
@@ -31,6 +31,9 @@ except ImportError as missing:
 
 Request = Any
 """A dict, or an object with such attributes: a pydantic model, a msgspec struct."""
+Answer = tuple[int, dict[str, Any], RowError | None]
+"""Which request of several, and what it adds or why it does not."""
+_URLS = {"chat": CHAT, "completions": COMPLETIONS}
 
 
 def build_llm_deployment(
@@ -61,9 +64,12 @@ def build_llm_deployment(
     if placement_group_config is not None:
         given["placement_group_config"] = placement_group_config
     resources = {k: v for k, v in engine_resources(given, config).items() if v is not None}
+    slots = config.engine_kwargs.get("max_num_seqs", MAX_NUM_SEQS)
+    most = serve_options.get("max_ongoing_requests", 2 * slots)
     options: dict[str, Any] = {
         "name": name,
-        "max_ongoing_requests": 2 * config.engine_kwargs.get("max_num_seqs", MAX_NUM_SEQS),
+        "max_ongoing_requests": most,
+        "user_config": {BUNDLES: {"rows": min(most // 4, most - slots), "methods": [*get_args(Task), *_URLS]}},
         "ray_actor_options": resources,
         "logging_config": {"enable_access_log": False},  # a line a row
         **serve_options,
@@ -86,26 +92,34 @@ class LLMDeployment:
         self._sampling = sampling
         self._model = settings["model"]
         self._lease = Lease(settings)
-        self._flows: dict[Task, Flow] = {}
+        self._stages: dict[Task, EngineStage] = {}
         self._opening = asyncio.Lock()
+        self._broken: BaseException | None = None
+        self._listening: set[asyncio.Event] = set()
 
     async def generate(self, request: Request) -> dict[str, Any]:
-        return await self._answer("generate", _columns(request))
+        return await self._answer("generate", request)
 
     async def embed(self, request: Request) -> dict[str, Any]:
-        return await self._answer("embed", _columns(request))
+        return await self._answer("embed", request)
 
     async def classify(self, request: Request) -> dict[str, Any]:
-        return await self._answer("classify", _columns(request))
+        return await self._answer("classify", request)
 
     async def score(self, request: Request) -> dict[str, Any]:
-        return await self._answer("score", _columns(request))
+        return await self._answer("score", request)
 
     async def chat(self, request: Request) -> dict[str, Any]:
-        return await self._openai(CHAT, _columns(request))
+        return await self._answer("chat", request)
 
     async def completions(self, request: Request) -> dict[str, Any]:
-        return await self._openai(COMPLETIONS, _columns(request))
+        return await self._answer("completions", request)
+
+    async def answer_rows(self, requests: list[tuple[str, Request]]) -> AsyncGenerator[list[Answer]]:
+        """Each a method and its request. Items are of whatever has been answered since the last one."""
+        async with aclosing(self._finished(requests)) as finished:
+            async for rows in finished:
+                yield [(row.index, _answer_of(row), row.error) for row in rows]
 
     async def generate_stream(self, request: Request) -> AsyncGenerator[dict[str, Any]]:
         """Each item is what is new of one sample, the last of a sample with its finish_reason."""
@@ -122,33 +136,86 @@ class LLMDeployment:
 
     async def check_health(self) -> None:
         """Serve asks; raises what ended the engine for good."""
-        for flow in self._flows.values():
-            if flow.broken.done():
-                flow.broken.result()
+        if self._broken is not None:
+            raise self._broken
 
-    async def _openai(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls it, as every deployment with a user_config must have it. That is for those who send rows."""
+
+    async def _answer(self, method: str, request: Request) -> dict[str, Any]:
+        async with aclosing(self._finished([(method, request)])) as finished:
+            (row,) = await anext(finished)
+        if row.error is not None:
+            raise UserError(row.error.message)  # which reaches other processes
+        return _answer_of(row)
+
+    async def _finished(self, requests: list[tuple[str, Request]]) -> AsyncGenerator[list[Row]]:
+        """All rows that were done since the last time, until none is left. When closed before, ends those that are."""
+        await self.check_health()
+        news, done = asyncio.Event(), list[Row]()
+
+        def take(rows: list[Row]) -> None:
+            done.extend(rows)
+            news.set()
+
+        rows = [self._row(i, method, request) for i, (method, request) in enumerate(requests)]
+        left, tasks = set(rows), dict[Task, list[Row]]()
+        for (method, _), row in zip(requests, rows):
+            if row.error is None:
+                tasks.setdefault(cast("Task", "generate" if method in _URLS else method), []).append(row)
+            else:
+                take([row])
+        self._listening.add(news)
         try:
-            columns = columns_of(url, body)
-        except RequestError as error:
-            raise UserError(str(error)) from None  # which reaches other processes
-        row = Row(0, columns, {"url": url, "body": {"model": self._model, **body}})
-        await self._run("generate", row)
-        return msgspec.to_builtins(answer_body(row), enc_hook=json_default)
+            for task, some in tasks.items():
+                (await self._stage(task)).submit(some, take)
+            while left:
+                await news.wait()
+                await self.check_health()
+                news.clear()
+                some = done.copy()
+                done.clear()
+                left.difference_update(some)
+                yield some
+        finally:
+            self._listening.discard(news)
+            if left:
+                for stage in self._stages.values():
+                    stage.drop(left)
 
-    async def _answer(self, task: Task, columns: dict[str, Any]) -> dict[str, Any]:
-        row = Row.of(0, columns)
-        await self._run(task, row)
-        return {name: value for name, value in row.data.items() if columns.get(name) is not value}
+    def _row(self, index: int, method: str, request: Request) -> Row:
+        row = Row(index, {})
+        try:
+            columns = _columns(request)
+            if (url := _URLS.get(method)) is None:
+                return Row.of(index, columns)
+            row.source = {"url": url, "body": {"model": self._model, **columns}}
+            row.data = columns_of(url, columns)
+        except UserError as error:
+            row.fail(error, "engine")
+        return row
 
-    async def _run(self, task: Task, row: Row) -> None:
+    async def _stage(self, task: Task) -> EngineStage:
         async with self._opening:
-            if task not in self._flows:
+            if task not in self._stages:
                 sampling = self._sampling if task == "generate" else {}
                 stage = EngineStage(self._lease, EngineOptions(task=task, sampling=sampling))
-                self._flows[task] = await Flow([stage]).__aenter__()
-        await self._flows[task].answer([row])
-        if row.error is not None:
-            raise UserError(row.error.message)
+                await stage.open(self._fail)
+                self._stages[task] = stage
+        return self._stages[task]
+
+    def _fail(self, error: BaseException) -> None:
+        self._broken = error
+        for news in self._listening:
+            news.set()
+
+
+def _answer_of(row: Row) -> dict[str, Any]:
+    if row.error is not None:
+        return {}
+    if "url" in row.source:
+        return msgspec.to_builtins(answer_body(row), enc_hook=json_default)
+    return {name: value for name, value in row.data.items() if row.source.get(name) is not value}
 
 
 def _columns(request: Request) -> dict[str, Any]:

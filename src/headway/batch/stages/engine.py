@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -106,6 +107,18 @@ class EngineStage:
 
     def submit(self, rows: list[Row], done: Done) -> None:
         self._waiting.extend(_Entry(row, done) for row in rows)
+        self._admit()
+
+    def drop(self, rows: Container[Row]) -> None:
+        """Ends those that are still here; nobody hears of them."""
+        gone = {entry for entry in self._inside if entry.row in rows}
+        self._inside -= gone
+        for queue in (self._waiting, self._alone, self._lost):
+            left = [entry for entry in queue if entry.row not in rows]
+            queue.clear()
+            queue.extend(left)
+        if self._stream is not None:
+            self._stream.drop(gone)
         self._admit()
 
     async def close(self) -> None:

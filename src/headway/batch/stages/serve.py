@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import msgspec
 
 from headway.batch.config import ServeDeploymentProcessorConfig
 from headway.batch.flow import Fail
-from headway.batch.row import Done, Row
+from headway.batch.row import Row
+from headway.batch.stages.concurrent import ConcurrentStage, Entry
 from headway.errors import ConfigError, HeadwayError, MissingDependencyError, RequestError
-
-T = TypeVar("T")
 
 IN_FLIGHT = 64
 """Requests at a time where Serve does not say how many the deployment takes."""
@@ -24,6 +23,8 @@ LOOK_S = 5.0
 """How soon another number of replicas is noticed."""
 MAX_LOST = 5
 """Replicas that may die over one request."""
+BUNDLES = "headway.bundles"
+"""In the user_config of a deployment that has answer_rows: of which methods, and how many rows at most a request."""
 _WAIT_S, _MAX_WAIT_S = 0.05, 2.0
 _STREAMS = "handle.options(stream=True)"
 
@@ -32,22 +33,22 @@ class RequestTimeoutError(HeadwayError):
     """request_timeout_s is over."""
 
 
-class ServeStage:
+class ServeStage(ConcurrentStage):
     """Rows bring method, request_kwargs and maybe dtype; the answer's fields are added as columns.
 
     An answer is a dict, a pydantic model, a msgspec struct or a dataclass; anything else becomes the column
     ``response``. Of a method that streams, a single item counts as the answer, and several become the column
-    ``responses``, a list of all of them. A request that the deployment has no room for waits and is sent again; one
-    whose replica dies is sent again a few times; everything else that is raised is the row's error.
+    ``responses``, a list of all of them. Requests that the deployment has no room for wait and are sent again; those
+    whose replica dies are sent again a few times; everything else that is raised is the row's error. Deployments of
+    ours get bundles of rows, which leave one by one.
     """
 
     name = "serve_deployment"
 
     def __init__(self, config: ServeDeploymentProcessorConfig) -> None:
+        super().__init__()
         self._config = config
-        self._limit = self._free = 0
-        self._waiting: deque[tuple[Row, Done]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._most, self._bundled = 1, frozenset[str]()  # rows of a bundle, and their methods
         self._streams: set[str] = set()  # methods
 
     async def open(self, fail: Fail) -> None:
@@ -58,6 +59,7 @@ class ServeStage:
             from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
         except ImportError as error:
             raise MissingDependencyError("deployments need Ray Serve: pip install 'headway[ray-serve]'") from error
+        await super().open(fail)
         config = self._config
         self._full, self._lost = BackPressureError, (ReplicaUnavailableError, ActorDiedError, ActorUnavailableError)
         applications = (await asyncio.to_thread(serve.status)).applications
@@ -72,54 +74,50 @@ class ServeStage:
         await self._look()
         self._looking = asyncio.get_running_loop().create_task(self._watch())
 
-    @property
-    def window(self) -> int:
-        return 2 * self._limit
-
-    def submit(self, rows: list[Row], done: Done) -> None:
-        self._waiting.extend((row, done) for row in rows)
-        self._start()
-
     async def close(self) -> None:
-        self._waiting.clear()
-        for task in self._tasks:
-            task.cancel()
         if self._limit:
             self._looking.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await super().close()
 
     async def _look(self) -> None:
         """Sends as many as the replicas take: what is more they would refuse, again and again, at their own expense."""
-        limit = await asyncio.to_thread(_capacity, self._config.app_name, self._config.deployment_name)
-        self._free += limit - self._limit
-        self._limit = limit
-        self._start()
+        names = self._config.app_name, self._config.deployment_name
+        limit, bundles = await asyncio.to_thread(_capacity, *names)
+        self._most, self._bundled = max(1, bundles.get("rows", 1)), frozenset(bundles.get("methods", ()))
+        self._resize(limit)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
             await self._look()
 
-    def _start(self) -> None:
-        while self._free > 0 and self._waiting:
-            self._free -= 1
-            task = asyncio.get_running_loop().create_task(self._answer(*self._waiting.popleft()))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+    def _next(self) -> list[Entry]:
+        """Bundles are full if so many rows wait: the engine has others meanwhile, and small ones would stay small."""
+        entries = super()._next()
+        if not self._is_bundled(entries[0][0]):
+            return entries
+        if min(self._most, 1 + len(self._waiting)) > self._free:
+            self._waiting.extendleft(entries)
+            return []
+        while len(entries) < self._most and self._waiting and self._is_bundled(self._waiting[0][0]):
+            entries += super()._next()
+        return entries
 
-    async def _answer(self, row: Row, done: Done) -> None:
-        limit = self._config.request_timeout_s
+    def _is_bundled(self, row: Row) -> bool:
+        return self._most > 1 and row.data.get("method") in self._bundled
+
+    async def _answer(self, entries: list[Entry]) -> None:
+        limit, left, why = self._config.request_timeout_s, dict(enumerate(entries)), None
         try:
-            method, request = self._request(row.data)
-            row.data.update(await asyncio.wait_for(self._ask(method, request), limit))
+            await asyncio.wait_for(self._ask(left), limit)
         except (asyncio.TimeoutError, TimeoutError):
-            row.fail(RequestTimeoutError(f"no answer within request_timeout_s={limit}"), self.name)
+            why = RequestTimeoutError(f"no answer within request_timeout_s={limit}")
         except Exception as error:
-            row.fail(getattr(error, "cause", None) or error, self.name)  # Ray wraps what a deployment raises
-        self._free += 1
-        done([row])
-        self._start()
+            why = getattr(error, "cause", None) or error  # Ray wraps what a deployment raises
+        for row, _ in left.values():
+            assert why
+            row.fail(why, self.name)
+        self._leave([*left.values()])
 
     def _request(self, data: dict[str, Any]) -> tuple[str, Any]:
         method, request, kind = data.get("method", "__call__"), data.get("request_kwargs"), data.get("dtype")
@@ -134,11 +132,14 @@ class ServeStage:
             raise RequestError("dtype", kind, f"must be a key of dtype_mapping: {', '.join(kinds) or 'it is empty'}")
         return method, kinds[kind](**request)
 
-    async def _ask(self, method: str, request: Any) -> dict[str, Any]:
+    async def _ask(self, left: dict[int, Entry]) -> None:
+        """Takes those that are answered out of ``left``."""
         wait, lost = _WAIT_S, 0
-        while True:
+        together = len(left) > 1 or self._is_bundled(left[0][0])
+        while left:
             try:
-                return await self._call(method, request)
+                await (self._call_together if together else self._call)(left)
+                continue
             except self._full:
                 pass
             except self._lost:
@@ -148,47 +149,69 @@ class ServeStage:
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, _MAX_WAIT_S)
 
-    async def _call(self, method: str, request: Any) -> dict[str, Any]:
-        if method not in self._streams:
+    async def _call_together(self, left: dict[int, Entry]) -> None:
+        requests: dict[int, tuple[str, Any]] = {}
+        for i, (row, _) in [*left.items()]:
             try:
-                return columns(await _unless_cancelled(getattr(self._handle, method).remote(request), _one))
+                requests[i] = self._request(row.data)
+            except Exception as error:
+                row.fail(error, self.name)
+                self._leave([left.pop(i)])
+        numbers = [*requests]
+        response = self._handle.options(stream=True).answer_rows.remote([*requests.values()])
+        async with _read(response):
+            async for answers in response:
+                answered = [numbers[i] for i, _, _ in answers]
+                for number, (_, columns, error) in zip(answered, answers):
+                    row, _ = left[number]
+                    row.data.update(columns)
+                    row.error = error and dataclasses.replace(error, stage=self.name)
+                self._leave([left.pop(number) for number in answered])
+
+    async def _call(self, left: dict[int, Entry]) -> None:
+        ((row, _),) = left.values()
+        method, request = self._request(row.data)
+        row.data.update(await self._columns(method, request))
+        self._leave([left.pop(0)])
+
+    async def _columns(self, method: str, request: Any) -> dict[str, Any]:
+        if method not in self._streams:
+            response = getattr(self._handle, method).remote(request)
+            try:
+                async with _read(response):
+                    return columns(await response)
             except TypeError as error:
                 if _STREAMS not in str(error):
                     raise
             self._streams.add(method)  # nothing has run: a generator's body waits for who reads it
-        streaming = getattr(self._handle.options(stream=True), method)
-        items = await _unless_cancelled(streaming.remote(request), _all)
+        response = getattr(self._handle.options(stream=True), method).remote(request)
+        async with _read(response):
+            items = [_plain(item) async for item in response]
         return columns(items[0]) if len(items) == 1 else {"responses": items}
 
 
-def _capacity(app: str, deployment: str) -> int:
-    """max_ongoing_requests times replicas. Ray's public functions tell the second alone."""
+def _capacity(app: str, deployment: str) -> tuple[int, dict[str, Any]]:
+    """max_ongoing_requests times replicas, and what the deployment says of bundles. Ray's public functions don't."""
     try:
         from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
 
         client: Any = _get_global_client()
         details = client.get_serve_details()["applications"][app]["deployments"][deployment]
         running = sum(replica["state"] == "RUNNING" for replica in details["replicas"])
-        return details["deployment_config"]["max_ongoing_requests"] * max(1, running)
+        config = details["deployment_config"]
+        return config["max_ongoing_requests"] * max(1, running), (config.get("user_config") or {}).get(BUNDLES, {})
     except (ImportError, AttributeError, KeyError, TypeError):
-        return IN_FLIGHT
+        return IN_FLIGHT, {}
 
 
-async def _unless_cancelled(response: Any, read: Callable[[Any], Awaitable[T]]) -> T:
-    """What it reads. The deployment is told if nobody waits any more."""
+@asynccontextmanager
+async def _read(response: Any) -> AsyncGenerator[None]:
+    """The deployment is told if nobody waits any more."""
     try:
-        return await read(response)
+        yield
     except asyncio.CancelledError:
         response.cancel()
         raise
-
-
-async def _one(response: Any) -> Any:
-    return await response
-
-
-async def _all(response: Any) -> list[Any]:
-    return [_plain(item) async for item in response]
 
 
 def columns(answer: Any) -> dict[str, Any]:
