@@ -85,3 +85,18 @@ def test_rows_on_their_way_are_no_input(tmp_path: Path) -> None:
     for changed in ({"target": tmp_path / "out.jsonl"}, {"target": tmp_path / "o", "errors": tmp_path / "out.jsonl"}):
         with pytest.raises(ConfigError, match="must be another file than the input"):
             job(source, **changed)
+
+
+def test_rows_are_said_to_be_kept_if_the_next_run_has_them(tmp_path: Path) -> None:
+    """In a process whose files may have 16 kB: of the rows that were answered only some could be committed."""
+    probe = (
+        "import resource, sys; from headway.batch.job import *\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (16384,) * 2)\n"
+        "rows = [{'id': i, 'text': 'x' * 100} for i in range(1000)]\n"
+        "job = Job(rows, sys.argv[1], JobOptions(progress=False, resume=True), {})\n"
+        "try: run(job, Flow([]))\n"
+        "except ConfigError as error: print(job.kept, Job(rows, sys.argv[1], JobOptions(resume=True), {}).kept, error)"
+    )
+    said = subprocess.check_output([sys.executable, "-c", probe, tmp_path / "out.jsonl"], text=True)
+    assert said.startswith("None None output=")
+    assert "cannot be written: File too large" in said

@@ -20,8 +20,9 @@ class Output:
     """One pass: put() answers, commit() from time to time, finish() at the end.
 
     prepare() says what a commit is to be, make_durable() does the slow part of it, perhaps on another thread: until
-    it has returned neither is called again. tally, next_index: of the rows written in order. failure: with
-    ``stops``, the first row that failed, as soon as one is known: put() raises it once all rows before it are written.
+    it has returned neither is called again. tally, next_index: of the rows written in order. kept: rows that the ledger
+    has, which are not lost if the process ends now. failure: with ``stops``, the first row that failed, as soon as one
+    is known: put() raises it once all rows before it are written.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Output:
         self._held = HeldRows(sink.path, sink, state.held) if sink.partial else None
         self._waiting = {i: a for i, a in (self._held.load() if self._held else {}).items() if i >= state.rows}
         self._ready: list[Answer] = []
+        self.kept = self._keeping = self.following + len(self._waiting)
         self._digest = state.digest
         self._begun = bool(state.rows or state.held)
         self._whole = True
@@ -57,11 +59,6 @@ class Output:
     def following(self) -> int:
         """The first row that is not done."""
         return self.next_index + len(self._ready)
-
-    @property
-    def kept(self) -> int:
-        """Rows that are not lost if the job ends now."""
-        return self.following + len(self._waiting)
 
     @property
     def is_due(self) -> bool:
@@ -98,6 +95,7 @@ class Output:
             self._begin()
             held = self._held.add(self._waiting)
         self._dirty, self._uncommitted = False, 0
+        self._keeping = self.next_index + len(self._waiting)
         assert self.sink.partial
         self._state = msgspec.structs.replace(
             self._state,
@@ -118,6 +116,7 @@ class Output:
             self._held.sync()
             self._ledger.save(state)
             self._held.drop_stale()
+        self.kept = self._keeping
 
     def commit(self) -> None:
         state = self.prepare()
