@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from headway.batch.options import BatchOptions
-from headway.bench.options import ExecutorsOptions, LatencyOptions, ProcessorOptions, ThroughputOptions
+from headway.bench.options import ExecutorsOptions, LatencyOptions, ProcessorOptions, ServingOptions, ThroughputOptions
 from headway.cli.options import Parser, add_options, build, read_config
 from headway.config.args import EngineArgs, check_fields, setting
 from headway.server.options import ServeOptions
@@ -130,6 +130,13 @@ COMMANDS = (
         run="headway.bench.processor:run",
         options=ProcessorOptions,
         skip=("seed", "trace"),
+    ),
+    Command(
+        words="bench serve",
+        text="Measure a server under load, against LLM.generate on the same requests.",
+        run="headway.bench.serving:run",
+        options=ServingOptions,
+        skip=("seed", "runner"),
     ),
     Command(words="version", text="Print the version.", run="headway.cli.version:run", engine=False),
 )

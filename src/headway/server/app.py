@@ -33,7 +33,6 @@ from headway.server.protocol import ChatRequest, CompletionRequest
 from headway.server.state import State
 from headway.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
-
 POSTS: Posts = {
     "/v1/chat/completions": (ChatRequest, chat),
     "/v1/completions": (CompletionRequest, completions),

@@ -1,0 +1,127 @@
+"""/v1/embeddings, /v1/classify, /v1/score and /v1/rerank: what encoders, and decoders as such, are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from array import array
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any, Literal
+
+import msgspec
+
+from headway.llm.prompts import PromptInput
+from headway.messages import PooledOutput, PoolingParams
+from headway.server.answers import Head, Record, encode
+from headway.server.errors import ApiError
+from headway.server.state import State
+
+Input = str | list[int | str | list[int]]
+
+
+class Pooled(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """user: a label; nothing depends on it."""
+
+    model: str | None = None
+    user: str | None = None
+
+
+class EmbeddingRequest(Pooled, kw_only=True):
+    """input: a text, token ids, or a list of either. dimensions: how many leading ones are kept. normalize: None takes
+    what the model declares."""
+
+    input: Input
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    normalize: bool | None = None
+
+
+class ClassifyRequest(Pooled, kw_only=True):
+    """activation: None takes what the model declares."""
+
+    input: Input
+    activation: bool | None = None
+
+
+class ScoreRequest(Pooled, kw_only=True):
+    """One text against many, or as many on both sides."""
+
+    text_1: str | list[str]
+    text_2: str | list[str]
+
+
+class RerankRequest(Pooled, kw_only=True):
+    """top_n: how many of the best come back; None: all."""
+
+    query: str
+    documents: list[str]
+    top_n: int | None = None
+    return_documents: bool = True
+
+
+async def embeddings(state: State, request: EmbeddingRequest) -> bytes:
+    state.check_model(request.model)
+    params = PoolingParams(task="embed", normalize=request.normalize, dimensions=request.dimensions)
+    outputs = await asyncio.gather(*(state.llm.embed(prompt, params) for prompt in prompts_of("input", request.input)))
+    form = _base64 if request.encoding_format == "base64" else list[float]
+    data = [{"object": "embedding", "index": i, "embedding": form(one.data)} for i, one in enumerate(outputs)]
+    return encode({"object": "list", "data": data, "model": state.names[0], "usage": _usage(outputs)})
+
+
+async def classify(state: State, request: ClassifyRequest) -> bytes:
+    state.check_model(request.model)
+    params = PoolingParams(task="classify", activation=request.activation)
+    prompts = prompts_of("input", request.input)
+    outputs = await asyncio.gather(*(state.llm.classify(prompt, params) for prompt in prompts))
+    data: list[Record] = []
+    for i, one in enumerate(outputs):
+        best = max(range(len(one.data)), key=one.data.__getitem__)
+        data.append({"index": i, "label": f"LABEL_{best}", "probs": one.data, "num_classes": len(one.data)})
+    return encode({**Head("classify", "list", state.names[0]).record(), "data": data, "usage": _usage(outputs)})
+
+
+async def score(state: State, request: ScoreRequest) -> bytes:
+    state.check_model(request.model)
+    outputs = await state.llm.score(request.text_1, request.text_2)
+    data = [{"index": i, "object": "score", "score": one.data[0]} for i, one in enumerate(outputs)]
+    return encode({**Head("score", "list", state.names[0]).record(), "data": data, "usage": _usage(outputs)})
+
+
+async def rerank(state: State, request: RerankRequest) -> bytes:
+    state.check_model(request.model)
+    if request.top_n is not None and request.top_n < 1:
+        raise ApiError(HTTPStatus.BAD_REQUEST, f"top_n={request.top_n}: must be at least 1", param="top_n")
+    if not request.documents:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "documents=[]: must not be empty", param="documents")
+    outputs = await state.llm.score(request.query, request.documents)
+    order = sorted(range(len(outputs)), key=lambda i: -outputs[i].data[0])[: request.top_n]
+    results: list[Record] = [{"index": i, "relevance_score": outputs[i].data[0]} for i in order]
+    if request.return_documents:
+        results = [{**one, "document": {"text": request.documents[one["index"]]}} for one in results]
+    head = Head("rerank", "list", state.names[0])
+    return encode({"id": head.id, "model": head.model, "results": results, "usage": _usage(outputs)})
+
+
+def prompts_of(field: str, given: Input) -> list[PromptInput]:
+    """ApiError on an empty list, and on a mixture of texts, ids and lists of ids."""
+    if isinstance(given, str):
+        return [PromptInput(text=given)]
+    texts, ids = [one for one in given if isinstance(one, str)], [one for one in given if isinstance(one, int)]
+    lists = [one for one in given if isinstance(one, list)]
+    if not given or len(given) not in (len(texts), len(ids), len(lists)):
+        message = f"{field}: must be a text, token ids, a list of texts, or a list of lists of token ids"
+        raise ApiError(HTTPStatus.BAD_REQUEST, message, param=field)
+    if ids:
+        return [PromptInput(token_ids=ids)]
+    return [*(PromptInput(text=text) for text in texts), *(PromptInput(token_ids=one) for one in lists)]
+
+
+def _base64(vector: Sequence[float]) -> str:
+    """Little-endian float32, as OpenAI's client decodes it."""
+    return base64.b64encode(array("f", vector).tobytes()).decode()
+
+
+def _usage(outputs: Sequence[PooledOutput]) -> dict[str, Any]:
+    tokens = sum(len(one.prompt_token_ids) for one in outputs)
+    return {"prompt_tokens": tokens, "total_tokens": tokens}

@@ -1,0 +1,70 @@
+"""/tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+from headway.server.answers import Record, encode
+from headway.server.errors import ApiError
+from headway.server.protocol import Messages
+from headway.server.state import State
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Either a prompt or messages. add_special_tokens: None is as a generation does it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    tokens: list[int]
+
+
+async def tokenize(state: State, request: TokenizeRequest) -> bytes:
+    state.check_model(request.model)
+    tokens = await asyncio.to_thread(_tokens, state, request)
+    answer: Record = {"count": len(tokens), "max_model_len": state.llm.config.model.max_model_len, "tokens": tokens}
+    if request.return_token_strs:
+        answer["token_strs"] = [state.llm.tokenizer.token_to_piece(token) for token in tokens]
+    return encode(answer)
+
+
+async def detokenize(state: State, request: DetokenizeRequest) -> bytes:
+    state.check_model(request.model)
+    size = state.llm.facts.vocab_size
+    wrong = next((token for token in request.tokens if not 0 <= token < size), None)
+    if wrong is not None:
+        message = f"tokens={wrong}: token ids of this model are 0 to {size - 1}"
+        raise ApiError(HTTPStatus.BAD_REQUEST, message, param="tokens")
+    text = await asyncio.to_thread(state.llm.tokenizer.decode, request.tokens, skip_special_tokens=False)
+    return encode({"prompt": text})
+
+
+def _tokens(state: State, request: TokenizeRequest) -> list[int]:
+    if (request.prompt is None) is (request.messages is None):
+        raise ApiError(HTTPStatus.BAD_REQUEST, "give either prompt or messages", param="prompt")
+    text, special = request.prompt or "", True
+    if request.messages is not None:
+        prompt = state.llm.chat_prompt(
+            request.messages,
+            tools=request.tools,
+            template_kwargs=request.chat_template_kwargs,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+        )
+        text, special = prompt.text or "", prompt.add_special_tokens
+    given = request.add_special_tokens
+    return state.llm.tokenizer.encode(text, special if given is None else given)
