@@ -18,7 +18,7 @@ from headway.server.completions import completions
 from headway.server.endpoint import Endpoint
 from headway.server.errors import error_body
 from headway.server.metrics import exposition
-from headway.server.openapi import DOCS, Posts, document
+from headway.server.openapi import DOCS, PAGE, Posts, document
 from headway.server.pooling import (
     ClassifyRequest,
     EmbeddingRequest,
@@ -68,6 +68,9 @@ def make_app(state: State) -> Starlette:
     async def docs(_: Request) -> Response:
         return Response(DOCS, media_type="text/html")
 
+    async def page(_: Request) -> Response:
+        return Response(PAGE, media_type="text/html")
+
     routes = [
         *(Route(path, Endpoint(state, *post), methods=["POST"]) for path, post in POSTS.items()),
         Route("/v1/models", models),
@@ -77,6 +80,7 @@ def make_app(state: State) -> Starlette:
         Route("/metrics", metrics),
         Route("/openapi.json", openapi),
         Route("/docs", docs),
+        Route("/", page),
     ]
     return Starlette(routes=routes, exception_handlers={404: _error, 405: _error}, middleware=middleware(state.options))
 

@@ -21,7 +21,8 @@ GETS = {
     "/version": "headway's version.",
     "/metrics": "Prometheus metrics.",
 }
-DOCS = resources.files("headway.server").joinpath("pages/docs.html").read_bytes()
+_PAGES = resources.files("headway.server").joinpath("pages")
+DOCS, PAGE = (_PAGES.joinpath(name).read_bytes() for name in ("docs.html", "index.html"))
 
 _JSON = "application/json"
 _ERROR = {
