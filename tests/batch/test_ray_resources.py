@@ -47,6 +47,13 @@ def test_the_engines_worker_reserves_what_its_ranks_do_not(settings: dict[str, A
     )
 
 
+def test_an_engine_beyond_the_least_may_wait_for_room_as_long_as_the_job_takes() -> None:
+    given = {"tensor_parallel_size": 2}
+    assert engine_settings(given, None, scales=True)["placement_group_timeout_s"] >= 10**9
+    assert engine_settings({**given, "placement_group_timeout_s": 5}, None, True)["placement_group_timeout_s"] == 5
+    assert "placement_group_timeout_s" not in engine_settings(given, None)
+
+
 def test_an_accelerators_type_is_in_every_bundle() -> None:
     given = {"tensor_parallel_size": 2, "placement_group_config": {"bundle_per_worker": {"GPU": 1}}}
     bundle = {"GPU": 1, "accelerator_type:X": 0.001}

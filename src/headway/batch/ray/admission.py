@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,7 +83,47 @@ class Admission:
         self._admit()
 
 
-async def opened(specs: Sequence[Makes]) -> Admission:
+class Reopened:
+    """An admission whose flow is given back after an error, with its engines, and is there again should more rows come.
+
+    Ray Data lets go of a worker when its dataset is done, but not always after an error.
+    """
+
+    def __init__(self, specs: Sequence[Makes]) -> None:
+        self._specs = specs
+        self._inside: Admission | None = None
+        self._opening = asyncio.Lock()
+        self._calls, self._failed = 0, False
+
+    async def open(self) -> Admission:
+        async with self._opening:
+            if self._inside is None:
+                self._inside = await _opened(self._specs)
+            return self._inside
+
+    async def answer(self, rows: list[Row], check: Callable[[list[Row]], None]) -> None:
+        """check: of what was answered. Raises what it raises, and what ends the job."""
+        self._calls += 1
+        try:
+            await (await self.open()).answer(rows)
+            check(rows)
+        except BaseException:
+            self._failed = True
+            raise
+        finally:
+            self._calls -= 1
+            if self._failed and not self._calls:
+                self._failed = False
+                await self.close()
+
+    async def close(self) -> None:
+        async with self._opening:
+            inside, self._inside = self._inside, None
+            if inside is not None:
+                await inside.close()
+
+
+async def _opened(specs: Sequence[Makes]) -> Admission:
     leases: list[Lease] = []
     stages: list[Stage] = []
     for spec in specs:

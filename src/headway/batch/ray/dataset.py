@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,12 +19,13 @@ try:
     from ray.data import ActorPoolStrategy, Dataset
 
     from headway.batch.ray.admission import Makes
-    from headway.batch.ray.shared import shared
+    from headway.batch.ray.shared import MAX_TASK_RETRIES, shared
     from headway.batch.ray.workers import FlowWorker, FunctionWorker, Work
 except ImportError as missing:
     raise MissingDependencyError("datasets need Ray Data: pip install 'headway[ray]'") from missing
 
 CONCURRENT_BATCHES = 8
+_TAKES_ANY = "ray_remote_args" in inspect.signature(Dataset.map_batches).parameters  # Ray means to end that
 _NAMES_CALLS = (
     "max_concurrent_calls_per_actor" in inspect.signature(ActorPoolStrategy).parameters
 )  # else an option of the actor
@@ -62,18 +64,22 @@ class _Operator:
         least, most = (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
         pool: dict[str, Any] = {"min_size": least, "max_size": most, "max_tasks_in_flight_per_actor": self.queued}
         arguments = {name: value for name, value in self.resources.items() if value is not None}
+        if _TAKES_ANY:
+            arguments["max_task_retries"] = MAX_TASK_RETRIES
         arguments.setdefault("runtime_env", {})  # any: what comes before then keeps tasks of its own, on every CPU
         (pool if _NAMES_CALLS else arguments)[
             "max_concurrent_calls_per_actor" if _NAMES_CALLS else "max_concurrency"
         ] = self.calls
-        return dataset.map_batches(
-            self.worker,
-            fn_constructor_kwargs={"work": work},
-            batch_size=self.batch_size,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(**pool),
-            **arguments,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of options that map_batches does not name
+            return dataset.map_batches(
+                self.worker,
+                fn_constructor_kwargs={"work": work},
+                batch_size=self.batch_size,
+                batch_format="pyarrow",
+                compute=ActorPoolStrategy(**pool),
+                **arguments,
+            )
 
 
 def _operators(specs: Sequence[Makes]) -> list[list[Makes]]:
@@ -94,10 +100,12 @@ def _placed(spec: Spec, leases: Mapping[int, Lease], reserved: dict[str, Any]) -
     """An engine's executor decided, or the engine that is shared."""
     if not isinstance(spec, EngineSpec):
         return spec
-    placed = replace(spec, settings=engine_settings(spec.settings, spec.config.accelerator_type))
-    if spec.config.shared is None:
+    config = spec.config
+    scales = config.shared is None and not isinstance(config.concurrency, int)
+    placed = replace(spec, settings=engine_settings(spec.settings, config.accelerator_type, scales))
+    if config.shared is None:
         return placed
-    return shared(placed, leases[id(spec)], reserved, _own_threads(spec.config))
+    return shared(placed, leases[id(spec)], reserved, _own_threads(config))
 
 
 def _functions(head: FunctionSpec, config: ProcessorConfig) -> _Operator:
@@ -125,7 +133,7 @@ def _flow(head: Makes, config: ProcessorConfig, engine: dict[str, Any]) -> _Oper
     size = config.batch_size
     if isinstance(config, EngineProcessorConfig):
         alone = config.concurrency in (1, (1, 1))
-        size = max(size, config.engine_kwargs.get("max_num_seqs", MAX_NUM_SEQS) * (2 if alone else 1))
+        size = max(size, (config.engine_kwargs.get("max_num_seqs") or MAX_NUM_SEQS) * (2 if alone else 1))
     calls = getattr(config, "max_concurrent_batches", None) or CONCURRENT_BATCHES
     return _Operator(
         worker=FlowWorker,

@@ -10,14 +10,21 @@ from headway.config.placement import parse_placement
 
 _A_LITTLE = 0.001
 """Of an accelerator's type, which Ray counts as a resource of one a node."""
+_ANY_TIME_S = 1e9
 
 
-def engine_settings(settings: dict[str, Any], accelerator_type: str | None) -> dict[str, Any]:
-    """With the executor decided: ``uni`` for one rank, ``ray`` for more, unless it is given."""
+def engine_settings(settings: dict[str, Any], accelerator_type: str | None, scales: bool = False) -> dict[str, Any]:
+    """With the executor decided: ``uni`` for one rank, ``ray`` for more, unless it is given.
+
+    scales: an engine for which there is no room may wait as long as the others take, and is no error.
+    """
     settings = {"distributed_executor_backend": "uni" if _ranks(settings) == 1 else "ray", **settings}
     if settings["distributed_executor_backend"] != "ray":  # the worker takes what the bundles would
         settings.pop("placement_group_config", None)
-    elif accelerator_type is not None:
+        return settings
+    if scales:
+        settings.setdefault("placement_group_timeout_s", _ANY_TIME_S)
+    if accelerator_type is not None:
         bundles, strategy = _bundles(settings)
         typed = [{**bundle, f"accelerator_type:{accelerator_type}": _A_LITTLE} for bundle in bundles]
         settings["placement_group_config"] = {"bundles": typed, "strategy": strategy}

@@ -14,13 +14,14 @@ from ray.exceptions import RayError
 from headway.batch.config import StageConfig
 from headway.batch.engines import Lease
 from headway.batch.flow import Fail
-from headway.batch.ray.admission import Admission, opened
+from headway.batch.ray.admission import Reopened
+from headway.batch.ray.blocks import new_of
 from headway.batch.ray.settle import settle_in
 from headway.batch.row import Done, Row, RowError
 from headway.batch.specs import EngineSpec
 
 MAX_TASK_RETRIES = 5
-"""Times that the same rows may lose the actor's process, so that rows that kill it end the job."""
+"""Times that the same rows may lose an actor's process, so that rows that kill it end the job."""
 _CLOSE_S = 10.0
 
 Answered = list[tuple[dict[str, Any], RowError | None]]
@@ -32,21 +33,16 @@ class SharedEngine:
     def __init__(self, spec: EngineSpec, own_threads: bool) -> None:
         if not own_threads:
             settle_in()
-        self._spec = spec
-        self._opened: asyncio.Task[Admission] | None = None
+        self._flow = Reopened([spec])
 
     async def answer(self, rows: list[dict[str, Any]]) -> Answered:
-        """The rows as the engine left them, in order."""
-        if self._opened is None:
-            self._opened = asyncio.create_task(opened([self._spec]))
-        admission = await self._opened
-        answered = [Row(i, data) for i, data in enumerate(rows)]
-        await admission.answer(answered)
-        return [(row.data, row.error) for row in answered]
+        """What is new of each, in order."""
+        answered = [Row.of(i, data) for i, data in enumerate(rows)]
+        await self._flow.answer(answered, lambda _: None)
+        return [(new_of(row), row.error) for row in answered]
 
     async def close(self) -> None:
-        if self._opened is not None:
-            await (await self._opened).close()
+        await self._flow.close()
 
 
 class _Owner:
@@ -124,6 +120,7 @@ class SharedStage:
         except Exception as error:
             self._fail(error)
             return
-        for row, (data, error) in zip(rows, answers, strict=True):
-            row.data, row.error = data, error
+        for row, (new, error) in zip(rows, answers, strict=True):
+            row.data |= new
+            row.error = error
         done(rows)

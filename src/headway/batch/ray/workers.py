@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from headway.batch.ray.admission import Admission, Makes, opened
+from headway.batch.ray.admission import Makes, Reopened
 from headway.batch.ray.blocks import pack, rows_of, table_of
 from headway.batch.ray.settle import settle_in
 from headway.batch.row import Row
@@ -38,7 +38,20 @@ class Work:
             raise RowFailed(_account(failed))
 
     def table(self, rows: list[Row], block: pa.Table) -> pa.Table:
-        return table_of(rows, block, errors=self.continues) if self.last else pack(rows)
+        """A row that cannot be stored fails, alone."""
+        try:
+            return self._table(rows, block)
+        except Exception:
+            for i, row in enumerate(rows):
+                try:
+                    self._table([row], block.slice(i, 1))
+                except Exception as error:
+                    row.fail(error, "output")
+            self.check(rows)
+            return self._table(rows, block)
+
+    def _table(self, rows: list[Row], block: pa.Table) -> pa.Table:
+        return table_of(rows, block, errors=self.continues) if self.last else pack(rows, block)
 
 
 class FunctionWorker:
@@ -57,60 +70,27 @@ class FunctionWorker:
 
 
 class FlowWorker:
-    """One flow on a loop of its own: Ray's own stands still while Ray is not ready for results.
-
-    Ray Data lets go of a worker when its dataset is done, but not always after an error: what the flow holds, such as
-    an engine, is given back then, and there again should more rows come.
-    """
+    """One flow on a loop of its own: Ray's own stands still while Ray is not ready for results."""
 
     def __init__(self, work: Work) -> None:
         if not work.own_threads:
             settle_in()
         self._work = work
-        self._inside: Admission | None = None
-        self._calls, self._failed = 0, False
+        self._flow = Reopened(work.specs)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="headway-flow", daemon=True).start()
-        self._opening = asyncio.Lock()
-        self._submit(self._open()).result()
+        self._submit(self._flow.open()).result()
 
     async def __call__(self, block: pa.Table) -> pa.Table:
         rows = rows_of(block)
-        await asyncio.wrap_future(self._submit(self._answer(rows)))
+        await asyncio.wrap_future(self._submit(self._flow.answer(rows, self._work.check)))
         return self._work.table(rows, block)
 
     def __del__(self) -> None:
-        self._submit(self._close()).result()
+        self._submit(self._flow.close()).result()
 
     def _submit(self, work: Coroutine[Any, Any, object]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    async def _answer(self, rows: list[Row]) -> None:
-        self._calls += 1
-        try:
-            admission = await self._open()
-            await admission.answer(rows)
-            self._work.check(rows)
-        except BaseException:
-            self._failed = True
-            raise
-        finally:
-            self._calls -= 1
-            if self._failed and not self._calls:
-                self._failed = False
-                await self._close()
-
-    async def _open(self) -> Admission:
-        async with self._opening:
-            if self._inside is None:
-                self._inside = await opened(self._work.specs)
-            return self._inside
-
-    async def _close(self) -> None:
-        async with self._opening:
-            inside, self._inside = self._inside, None
-            if inside is not None:
-                await inside.close()
 
 
 def _account(row: Row) -> str:

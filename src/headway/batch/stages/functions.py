@@ -24,7 +24,9 @@ def each(name: str, change: Callable[[Row], None]) -> OnRows:
         for row in rows:
             try:
                 change(row)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit would end the event loop, and so hang the job
                 row.fail(error, name)
 
     return run
