@@ -108,4 +108,6 @@ def test_columns_come_back_from_a_shared_engine_as_they_went() -> None:
 @pytest.mark.long
 def test_rows_that_always_kill_their_worker_end_the_job(tmp_path: Path) -> None:
     with pytest.raises(ray.exceptions.RayError):
-        through(ray.data.range(3), tmp_path / "log", lambda row: os.kill(os.getpid(), signal.SIGKILL)).materialize()
+        through(
+            ray.data.range(3), tmp_path / "log", lambda row: {"": os.kill(os.getpid(), signal.SIGKILL)}
+        ).materialize()
