@@ -51,6 +51,7 @@ class Flow:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = tuple(stages)
+        self._ways: dict[int, partial[None]] = {}  # on from each stage, for the caller that came last
         self._open = AsyncExitStack()
         self.broken: asyncio.Future[None]  # never has a result
 
@@ -114,4 +115,11 @@ class Flow:
         if len(well) < len(rows):
             done([row for row in rows if row.error is not None])
         if well:
-            self.stages[index].submit(well, partial(self._enter, index + 1, done))
+            self.stages[index].submit(well, self._way(index + 1, done))
+
+    def _way(self, index: int, done: Done) -> Done:
+        """The same one for all rows of a caller, so that a stage can hand on together what came apart."""
+        way = self._ways.get(index)
+        if way is None or way.args[1] != done:
+            way = self._ways[index] = partial(self._enter, index, done)
+        return way
