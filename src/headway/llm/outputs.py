@@ -24,7 +24,8 @@ from headway.tokenizers import Tokenizer
 class Sample:
     """One of a request's n samples; feed() gives what an engine output adds to it.
 
-    finished: nothing is added any more. stopped_here: a stop string ended it, which the engine cannot know.
+    whole: what it gave so far. finished: nothing is added any more. stopped_here: a stop string ended it, which the
+    engine cannot know.
     """
 
     def __init__(self, tokenizer: Tokenizer, request: Request, index: int) -> None:
@@ -34,9 +35,11 @@ class Sample:
         self._params: SamplingParams = request.sampling
         self._index = index
         self._num_tokens = 0
-        skip = self._params.skip_special_tokens
-        self._stream = tokenizer.stream(request.prompt_token_ids, skip) if request.stream else None
-        self._stops = StopStrings(self._params.stop_strings, self._params.include_stop_str_in_output)
+        self._stream = None
+        if request.stream:
+            self._stream = tokenizer.stream(request.prompt_token_ids, self._params.skip_special_tokens)
+            self._stops = StopStrings(self._params.stop_strings, self._params.include_stop_str_in_output)
+        self.whole: Completion | None = None
         self.finished = False
         self.stopped_here = False
 
@@ -91,13 +94,13 @@ class GeneratedResult:
         self._tokenizer = tokenizer
         self._prepared = prepared
         self._samples = {r.request_id: Sample(tokenizer, r, i) for i, r in enumerate(prepared.requests)}
-        self._wholes: dict[int, Completion] = {}
+        self._unfinished = len(self._samples)
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         self._num_cached_tokens = 0
 
     @property
     def finished(self) -> bool:
-        return all(sample.finished for sample in self._samples.values())
+        return not self._unfinished
 
     def feed(self, output: EngineOutput) -> tuple[RequestOutput | None, bool]:
         """Also whether the engine must abort this request id: its text has ended, its tokens have not."""
@@ -105,16 +108,17 @@ class GeneratedResult:
         if sample.finished:
             return None, False
         completion = sample.feed(output)
+        self._unfinished -= sample.finished
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         must_abort = sample.stopped_here and output.finish_reason is None
         if self._prepared.delta:
             return self._output([completion], self._decode_prompt(output.prompt_logprobs)), must_abort
         self._prompt_logprobs = self._decode_prompt(output.prompt_logprobs) or self._prompt_logprobs
-        whole = self._wholes.get(completion.index)
-        self._wholes[completion.index] = completion if whole is None else _joined(whole, completion)
+        sample.whole = completion if sample.whole is None else _joined(sample.whole, completion)
         if not self.finished:
             return None, must_abort
-        return self._output([self._wholes[i] for i in sorted(self._wholes)], self._prompt_logprobs), must_abort
+        wholes = [sample.whole for sample in self._samples.values() if sample.whole is not None]
+        return self._output(wholes, self._prompt_logprobs), must_abort
 
     def _output(
         self, completions: list[Completion], prompt_logprobs: list[dict[int, Logprob] | None] | None

@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+import msgspec
+from msgspec.structs import replace
+
 from headway.config import EngineConfig, ModelFacts
 from headway.engine import GrammarBackend
 from headway.errors import RequestError
 from headway.llm.prompts import Prompt, PromptInput, as_input
 from headway.messages import PoolingParams, Request, SamplingParams
-from headway.scheduler.checks import check
+from headway.scheduler.checks import check_room
 from headway.tokenizers import Tokenizer
 from headway.tokenizers.tokenizer import check_text
 
@@ -25,8 +28,7 @@ TOKENIZE_BATCH = 512
 _SEED_BITS = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt ready to run: n engine requests, or one for pooling. delta: the caller wants tokens as they come."""
 
     request_id: str
@@ -129,39 +131,34 @@ class Processor:
         self._check_types(item.token_type_ids, len(token_ids))
         if type(priority) is not int:
             raise RequestError("priority", priority, "must be an integer; lower runs first")
-        common: dict[str, Any] = {
-            "prompt_token_ids": token_ids,
-            "token_type_ids": item.token_type_ids,
-            "cache_salt": item.cache_salt,
-            "priority": priority,
-        }
+        room = self._check_length(item, token_ids, int(isinstance(params, SamplingParams)))
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            token_type_ids=item.token_type_ids,
+            cache_salt=item.cache_salt,
+            priority=priority,
+        )
         if isinstance(params, PoolingParams):
-            self._check_length(item, token_ids, 0)
-            requests = [Request(request_id=request_id, pooling=params, **common)]
+            request.pooling = params
+            requests = [request]
         else:
-            common["stream"] = delta or decided.needs_text
-            room = self._check_length(item, token_ids, 1)
-            requests = self._samples(request_id, common, params, decided, room)
-        check(requests[0], self._config)
+            request.sampling = params
+            request.stream = delta or decided.needs_text
+            request.max_tokens = min(params.max_tokens or room, room)
+            request.stop_token_ids, request.bad_words_ids = decided.stop_token_ids, decided.bad_words_ids
+            requests = self._samples(request, params)
+        check_room(request, self._config)
         return Prepared(request_id=request_id, prompt=item.text, params=params, requests=requests, delta=delta)
 
-    def _samples(
-        self, request_id: str, common: dict[str, Any], params: SamplingParams, decided: _Decided, room: int
-    ) -> list[Request]:
-        """room: how many tokens fit after the prompt."""
-        seed = params.seed if params.seed is not None else self._random.getrandbits(_SEED_BITS)
-        return [
-            Request(
-                request_id=request_id if params.n == 1 else f"{request_id}/{i}",
-                sampling=params,
-                max_tokens=min(params.max_tokens or room, room),
-                seed=(seed + i) % (1 << _SEED_BITS),
-                stop_token_ids=decided.stop_token_ids,
-                bad_words_ids=decided.bad_words_ids,
-                **common,
-            )
-            for i in range(params.n)
-        ]
+    def _samples(self, request: Request, params: SamplingParams) -> list[Request]:
+        """One for each, with a seed of its own."""
+        first = params.seed if params.seed is not None else self._random.getrandbits(_SEED_BITS)
+        name, seeds = request.request_id, [(first + i) % (1 << _SEED_BITS) for i in range(params.n)]
+        if params.n > 1:
+            return [replace(request, request_id=f"{name}/{i}", seed=seed) for i, seed in enumerate(seeds)]
+        request.seed = seeds[0]
+        return [request]
 
     def _check_length(self, item: PromptInput, token_ids: list[int], generated: int) -> int:
         """How many tokens fit after the prompt; at least ``generated`` must."""

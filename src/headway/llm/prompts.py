@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
+
+import msgspec
 
 from headway.errors import RequestError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptInput:
+class PromptInput(msgspec.Struct, frozen=True, kw_only=True):
     """Either text or token_ids is set.
 
     add_special_tokens: put the tokenizer's own (BOS, [CLS], ...) around text; a chat template has written them out.

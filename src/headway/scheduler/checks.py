@@ -30,11 +30,17 @@ def check(request: Request, config: EngineConfig) -> npt.NDArray[np.int32]:
     if prompt.size + generated > limit:
         what = f"{prompt.size} prompt tokens" + (f" and {generated} to generate" if generated else "")
         raise RequestError("prompt_token_ids", what, f"max_model_len={limit} tokens fit")
-    computed = prompt.size + max(generated - 1, 0)
-    _check_step(request, computed, config)
-    if not pooling_engine:
-        _check_pool(computed, config)
+    check_room(request, config)
     return prompt
+
+
+def check_room(request: Request, config: EngineConfig) -> None:
+    """RequestError for one that is fine but for what it takes of a step or of the cache."""
+    generated = 0 if request.sampling is None else request.max_tokens
+    computed = len(request.prompt_token_ids) + max(generated - 1, 0)
+    _check_step(request, computed, config)
+    if config.model.runner != "pooling":
+        _check_pool(computed, config)
 
 
 def runs_whole(config: EngineConfig) -> bool:

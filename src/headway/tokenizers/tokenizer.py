@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from headway.errors import RequestError
 from headway.tokenizers.bound import ByteLevelBound
@@ -50,6 +50,7 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._special_ids = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
         self._pieces: dict[int, str] = {}
+        self._bytes_only = isinstance(backend.decoder, ByteLevel)  # its tokens read the same whatever is before them
         # Any ordinary token: what a piece looks like after it is what the piece contributes to a running text.
         self._anchor = backend.encode("a", add_special_tokens=False).ids[-1:]
 
@@ -84,7 +85,7 @@ class Tokenizer:
         self, prompt_token_ids: Sequence[int], token_ids: Sequence[int], skip_special_tokens: bool = True
     ) -> str:
         """The text token_ids add to the prompt's: what stream() yields for them, all at once."""
-        tail, before = self._tail(prompt_token_ids)
+        tail, before = ([], "") if self._bytes_only else self._tail(prompt_token_ids)
         if tail:
             text = self.decode([*tail, *token_ids], skip_special_tokens)
             if text.startswith(before):
