@@ -122,7 +122,7 @@ async def until(state: Any, wanted: object) -> None:
 
 
 async def test_rows_go_out_together_and_come_back_as_they_are_done(told: Path) -> None:
-    lengths = [300 if i % BUNDLE == 0 else 2 + i % 7 for i in range(20 * BUNDLE)]
+    lengths = [60 if i % BUNDLE == 0 else 2 + i % 7 for i in range(20 * BUNDLE)]
     rows = rows_of([ask(i, n) for i, n in enumerate(lengths)])
     rows[7].data["request_kwargs"] = ask(7, 5, temperature=-1)
     order = await answered("slow", rows)
@@ -192,6 +192,7 @@ async def test_rows_end_in_the_engine_when_the_stage_closes(told: Path) -> None:
     await until(lambda: [inside for _, inside in said(told, "inside")], [0])
 
 
+@pytest.mark.long
 async def test_embeddings_and_scores_of_an_engine_on_rays_executor(minilm_dir: Path) -> None:
     settings: dict[str, Any] = {"distributed_executor_backend": "ray", "threads": 1}
     app = build_llm_deployment(str(minilm_dir), engine_kwargs=settings)
@@ -205,6 +206,7 @@ async def test_embeddings_and_scores_of_an_engine_on_rays_executor(minilm_dir: P
     serve.delete("embed")
 
 
+@pytest.mark.long
 async def test_classes() -> None:
     settings: dict[str, Any] = {"load_format": "dummy", "threads": 1}
     serve.run(build_llm_deployment(CROSS_ENCODER, engine_kwargs=settings), name="classify", route_prefix=None)
