@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def ray_here() -> Generator[None]:
     """Two CPUs, whose workers find these tests."""
     import ray

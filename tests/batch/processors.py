@@ -8,6 +8,7 @@ from headway.batch import EngineProcessorConfig, Processor, build_processor
 
 MODEL = "smollm2-135m-instruct"
 SMALL: dict[str, Any] = {"max_num_seqs": 8, "max_model_len": 256, "threads": 1}
+FAKE = {**SMALL, "distributed_executor_backend": "headway.executor.fake:FakeExecutor"}  # for what no model says
 SAMPLING: dict[str, Any] = {"max_tokens": 6, "temperature": 0}
 
 

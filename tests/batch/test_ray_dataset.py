@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -18,10 +19,10 @@ ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
 
 from ray.util import placement_group_table  # noqa: E402
-from tests.batch.processors import SMALL, processor  # noqa: E402
+from tests.batch.processors import FAKE, SMALL, processor  # noqa: E402
 from tests.batch.slow_stage import SlowSpec, fullness  # noqa: E402
 
-from headway.batch import EngineProcessorConfig  # noqa: E402
+from headway.batch import EngineProcessorConfig, Processor  # noqa: E402
 from headway.batch.ray.dataset import apply  # noqa: E402
 from headway.batch.specs import FunctionSpec  # noqa: E402
 from headway.batch.stages.functions import preprocess  # noqa: E402
@@ -45,6 +46,15 @@ def rows_of(dataset: Any, by: str = "id") -> list[dict[str, Any]]:
     return sorted(dataset.take_all(), key=lambda row: row[by])
 
 
+def here(one: Processor, count: int, folder: Path) -> list[dict[str, Any]]:
+    """What the local runner makes of the rows of numbers(), each with all columns, as a dataset has them."""
+    with one:
+        one.run(({"id": i, "n": i % 7 + 2} for i in range(count)), folder / "here.jsonl")
+    rows = [json.loads(line) for line in (folder / "here.jsonl").read_text().splitlines()]
+    columns = {name for row in rows for name in row}
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
 def groups() -> list[str]:
     return [name for name, group in placement_group_table().items() if group["state"] != "REMOVED"]
 
@@ -64,14 +74,9 @@ def test_rows_are_those_of_the_local_runner(tmp_path: Path) -> None:
         return ask(row)
 
     one = processor(bad, keep, should_continue_on_error=True)
-    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("".join(f'{{"id": {i}, "n": {i % 7 + 2}}}\n' for i in range(20)))
-    with one:
-        one.run(source, target)
-    local = ray.data.read_json(str(target))
-    found = one(numbers(20))
-    assert rows_of(found) == rows_of(local)
-    assert rows_of(found)[5]["error"] == {"type": "KeyError", "message": "'nothing to ask'", "stage": "preprocess"}
+    found = rows_of(one(numbers(20)))
+    assert found == here(one, 20, tmp_path)
+    assert found[5]["error"] == {"type": "KeyError", "message": "'nothing to ask'", "stage": "preprocess"}
 
 
 def test_columns_keep_their_types() -> None:
@@ -85,7 +90,7 @@ def test_columns_keep_their_types() -> None:
             "sampling_params": [{"max_tokens": 3, "seed": None}, {"max_tokens": None, "seed": 2}],
         }
     )
-    found = processor(should_continue_on_error=True)(ray.data.from_arrow(table)).materialize()
+    found = processor(engine_kwargs=FAKE, should_continue_on_error=True)(ray.data.from_arrow(table)).materialize()
     schema = dict(zip(found.schema().names, found.schema().types))
     for name in ("id", "vector", "when", "none"):
         assert schema[name] == table.schema.field(name).type
@@ -96,19 +101,16 @@ def test_columns_keep_their_types() -> None:
     assert second["error"]["type"] == "RequestError" and second["generated_text"] is None
 
 
-def test_arrays_come_out_as_they_went_in() -> None:
-    image = np.arange(8, dtype=np.uint8).reshape(2, 2, 2)
-    dataset = ray.data.from_items([{"image": image, "prompt": "One, two,"}])
-    row = processor()(dataset).take_all()[0]
-    assert row["image"].dtype == np.uint8 and (row["image"] == image).all() and "error" not in row
-
-
-def test_embeddings_are_arrays(minilm_dir: Path) -> None:
+def test_embeddings_are_arrays_and_arrays_come_out_as_they_went_in(minilm_dir: Path) -> None:
     settings: dict[str, Any] = {"model_source": str(minilm_dir), "engine_kwargs": {"threads": 1}, "task_type": "embed"}
-    found = processor(lambda row: {"prompt": f"number {row['n']}"}, sampling_params={}, **settings)(numbers(4))
+    image = np.arange(8, dtype=np.uint8).reshape(2, 2, 2)
+    dataset = ray.data.from_items([{"image": image, "prompt": f"number {i}"} for i in range(4)])
+    found = processor(sampling_params={}, **settings)(dataset).materialize()
     schema = dict(zip(found.schema().names, found.schema().types))
     assert schema["embeddings"] == pa.list_(pa.float32()) and "error" not in schema
-    assert all(len(row["embeddings"]) == 384 for row in found.take_all())
+    for row in found.take_all():
+        assert len(row["embeddings"]) == 384
+        assert row["image"].dtype == np.uint8 and (row["image"] == image).all()
 
 
 @pytest.mark.parametrize(("blocks", "with_preprocess"), [(200, True), (1, False)])
@@ -125,15 +127,16 @@ def test_the_engine_is_full_whatever_the_blocks(blocks: int, with_preprocess: bo
     assert fullness(log, slots, seconds) >= 0.95
 
 
-def test_stages_with_workers_of_their_own_get_batches_of_their_size() -> None:
+def test_stages_with_workers_of_their_own_get_batches_of_their_size(tmp_path: Path) -> None:
     own = {"batch_size": 5, "concurrency": 1, "num_cpus": 0.5}
 
     def sizes(row: dict[str, Any]) -> dict[str, Any]:
         return {"id": row["id"], "text": row["generated_text"], "prompt": row["prompt"]}
 
-    one = processor(ask, sizes, chat_template_stage=own, detokenize_stage={"batch_size": 3, "num_cpus": 0.25})
+    stages = {"chat_template_stage": own, "detokenize_stage": {"batch_size": 3, "num_cpus": 0.25}}
+    one = processor(ask, sizes, engine_kwargs=FAKE, **stages)
     found = one(numbers(10, blocks=1)).materialize()
-    assert rows_of(found) == rows_of(processor(ask, sizes)(numbers(10)))
+    assert rows_of(found) == here(processor(ask, sizes, engine_kwargs=FAKE), 10, tmp_path)
     assert "MapBatches(FunctionWorker)" in found.stats() and "MapBatches(FlowWorker)" in found.stats()
 
 
@@ -141,7 +144,7 @@ def test_an_engines_worker_reserves_what_its_bundle_says() -> None:
     def assigned(_: dict[str, Any]) -> dict[str, Any]:
         return {"cpus": ray.get_runtime_context().get_assigned_resources()["CPU"]}
 
-    one = processor(ask, assigned, placement_group_config={"bundle_per_worker": {"CPU": 2}})
+    one = processor(ask, assigned, engine_kwargs=FAKE, placement_group_config={"bundle_per_worker": {"CPU": 2}})
     assert one(numbers(1)).take_all() == [{"cpus": 2.0}]
 
 
@@ -150,7 +153,7 @@ def test_a_row_that_fails_ends_the_job_where_that_is_asked_for() -> None:
         return {"prompt": 7} if row["id"] == 3 else ask(row)
 
     with pytest.raises(Exception, match=r"RowFailed.*'id': 3"):
-        processor(bad, keep)(numbers(8)).materialize()
+        processor(bad, keep, engine_kwargs=FAKE)(numbers(8)).materialize()
 
 
 def test_a_failed_row_passes_through_later_processors() -> None:
@@ -160,8 +163,8 @@ def test_a_failed_row_passes_through_later_processors() -> None:
     def again(row: dict[str, Any]) -> dict[str, Any]:
         return {"messages": None, "prompt": row["text"]}
 
-    first = processor(bad, keep, should_continue_on_error=True)
-    second = processor(again, keep, should_continue_on_error=True)
+    first = processor(bad, keep, engine_kwargs=FAKE, should_continue_on_error=True)
+    second = processor(again, keep, engine_kwargs=FAKE, should_continue_on_error=True)
     found = rows_of(second(first(numbers(4))))
     assert found[0]["error"]["stage"] == "engine" and found[0]["n"] == 2
     assert all(row["error"] is None and row["text"] for row in found[1:])
@@ -171,20 +174,16 @@ WHOLE: dict[str, Any] = {**SMALL, "dtype": "float32"}  # in which two ranks give
 SPLIT = {**WHOLE, "tensor_parallel_size": 2}
 
 
-def test_an_engine_of_two_ranks_has_one_group_that_ends_with_the_dataset() -> None:
-    """All CPUs there are; and so for the next processor of the program."""
-    seen: list[int] = []
+def test_an_engine_of_two_ranks_has_one_group_that_ends_with_the_dataset(tmp_path: Path) -> None:
+    """All CPUs there are, which the processor of the next test needs as well."""
 
     def count(row: dict[str, Any]) -> dict[str, Any]:
         return {**keep(row), "groups": len([g for g in placement_group_table().values() if g["state"] == "CREATED"])}
 
-    expected = rows_of(processor(ask, keep, engine_kwargs=WHOLE)(numbers(6)))
-    for _ in range(2):
-        found = rows_of(processor(ask, count, engine_kwargs=SPLIT)(numbers(6)))
-        seen += [row.pop("groups") for row in found]
-        assert found == expected
-        wait_until(groups, [])
-    assert set(seen) == {1}
+    found = rows_of(processor(ask, count, engine_kwargs=SPLIT)(numbers(6)))
+    assert {row.pop("groups") for row in found} == {1}
+    assert found == here(processor(ask, keep, engine_kwargs=WHOLE), 6, tmp_path)
+    wait_until(groups, [])
 
 
 @pytest.mark.parametrize("how", ["a row fails", "the worker is killed"])

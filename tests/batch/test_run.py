@@ -10,12 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.batch.processors import FAKE
 
 from headway.batch import EngineProcessorConfig, build_processor
 from headway.batch.job import JobOptions
 from headway.errors import ConfigError, RowFailed
 
-ENGINE = {"kv_cache_memory_bytes": 200_000_000, "max_model_len": 512}
+ENGINE: dict[str, Any] = {"kv_cache_memory_bytes": 200_000_000, "max_model_len": 512}
 QUIET = JobOptions(progress=False)
 
 
@@ -27,8 +28,8 @@ def postprocess(row: dict[str, Any]) -> dict[str, Any]:
     return {"number": row["number"], "answer": row["generated_text"]}
 
 
-def config(**settings: Any) -> EngineProcessorConfig:
-    return EngineProcessorConfig(model_source="smollm2-135m-instruct", engine_kwargs=ENGINE, **settings)
+def config(engine: dict[str, Any] = ENGINE, **settings: Any) -> EngineProcessorConfig:
+    return EngineProcessorConfig(model_source="smollm2-135m-instruct", engine_kwargs=engine, **settings)
 
 
 def test_a_processor_runs_on_files_and_an_engine_serves_several_runs(tmp_path: Path) -> None:
@@ -49,16 +50,16 @@ def test_a_processor_runs_on_files_and_an_engine_serves_several_runs(tmp_path: P
 
 def test_a_processor_stops_at_a_row_that_fails_unless_it_is_to_continue(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"number": 1}, {"number": "bad"}]
-    with build_processor(config(), preprocess, postprocess) as processor, pytest.raises(RowFailed, match="row 2: "):
+    with build_processor(config(FAKE), preprocess, postprocess) as processor, pytest.raises(RowFailed, match="row 2: "):
         processor.run(rows, tmp_path / "out.jsonl", QUIET)
 
 
 def test_a_job_is_another_one_with_another_function(tmp_path: Path) -> None:
     options = JobOptions(progress=False, resume=True)
     rows = [{"number": 1}]
-    with build_processor(config(), preprocess, postprocess) as processor:
+    with build_processor(config(FAKE), preprocess, postprocess) as processor:
         processor.run(rows, tmp_path / "out.jsonl", options)
-    other = build_processor(config(), preprocess, lambda row: {"text": row["generated_text"]})
+    other = build_processor(config(FAKE), preprocess, lambda row: {"text": row["generated_text"]})
     with other, pytest.raises(ConfigError, match="postprocess"):
         other.run(rows, tmp_path / "out.jsonl", options)
 
