@@ -69,6 +69,7 @@ def test_rows_that_cannot_be_answered_say_why_and_cost_the_others_nothing(expect
         ({"prompt": "x " * 400}, "max_model_len"),
         ({"prompt": "hello", "sampling_params": {"max_token": 3}}, "did you mean max_tokens"),
         ({"prompt": "hello", "sampling_params": {"temperature": "hot"}}, "sampling_params.temperature"),
+        ({"prompt": "hello", "sampling_params": {"seed": 1 << 70}}, "seed"),
         ({"messages": [{"content": "no role"}]}, "role"),
         ({"tokenized_prompt": [1, 10**7]}, "prompt_token_ids"),
         ({"prompt": "hello", "sampling_params": {"structured": {"regex": "("}}}, "regex"),

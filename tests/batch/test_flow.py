@@ -128,6 +128,21 @@ def test_a_row_is_done_while_those_it_came_with_are_not() -> None:
     asyncio.run(run())
 
 
+def test_rows_of_a_caller_may_leave_a_stage_together_whatever_they_came_with() -> None:
+    async def run() -> None:
+        held, first, second = Held(), list[Row](), list[Row]()
+        async with Flow([held]) as flow:
+            for done in (first.extend, first.extend, second.extend):
+                flow.push(rows(1), done)
+            ways = [way for _, way in held.inside]
+            assert ways[0] == ways[1] != ways[2]
+            ways[0]([row for row, _ in held.inside[:2]])
+            ways[2]([held.inside[2][0]])
+        assert (len(first), len(second)) == (2, 1)
+
+    asyncio.run(run())
+
+
 def test_what_ends_the_job_reaches_whoever_waits() -> None:
     async def run() -> None:
         held = Held()

@@ -28,7 +28,7 @@ class ParamsReader:
         """RequestError names a parameter that is unknown, of the wrong type or out of range."""
         try:
             key = msgspec.msgpack.encode(given)
-        except TypeError:
+        except (TypeError, OverflowError):
             key = b""
         params = self._known.get(key)
         if params is None:

@@ -22,7 +22,7 @@ Answer = RequestOutput | PooledOutput | BaseException
 OnAnswers = Callable[[list[tuple[K, Answer]]], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry(Generic[K]):
     """names: of its requests."""
 
@@ -74,15 +74,16 @@ class PromptStream(Generic[K]):
             return
         try:
             output, must_abort = entry.result.feed(item)
-        except HeadwayError as error:
+        except Exception as error:  # whatever it is: the others of the step are to have theirs
             self._drop(entry, error)
             return
-        if must_abort:
-            self._engine.abort([request_id])
         if must_abort or item.finish_reason is not None:
             del self._running[request_id]
         if output is not None:
             self._answer(entry.key, output)
+        if must_abort:
+            with suppress(HeadwayError):  # it is dead
+                self._engine.abort([request_id])
 
     def _drop(self, entry: _Entry[K], error: BaseException) -> None:
         """A prompt with all its samples."""

@@ -75,16 +75,16 @@ class Results:
         report = ended | self._slots.stream[slots]
         if refused:
             report |= np.isin(slots, refused)
-        for row in np.flatnonzero(report).tolist():
-            slot, token = int(slots[row]), int(tokens[row])
+        rows = np.flatnonzero(report)
+        for slot, token, end in zip(slots[rows].tolist(), tokens[rows].tolist(), ended[rows].tolist()):
             state = self._slots.occupant(slot)
             if slot in refused:
                 outputs.append(
                     self._sequences.finish(state, "error", error=f"token {token} does not fit the constraint")
                 )
-            elif not ended[row]:
+            elif not end:
                 outputs.append(self._sequences.output(state))
-            elif self._slots.stops_at(slot, token):
+            elif token in state.request.stop_token_ids:
                 outputs.append(self._sequences.finish(state, "stop", stop_reason=state.named_stop(token)))
             else:
                 outputs.append(self._sequences.finish(state, "length"))

@@ -42,11 +42,13 @@ class Sequences:
 
     def register(self, state: RequestState, computed: int) -> None:
         """Makes the request's full blocks findable, up to ``computed`` positions."""
+        full = computed // self.kv.block_size
+        if full <= state.registered:
+            return
         tokens = self.slots.tokens[state.slot, :computed]
         extend_digests(state.digests, tokens, self.kv.block_size, state.request.cache_salt)
-        full = computed // self.kv.block_size
         self.kv.register(state.slot, state.digests, state.registered, full)
-        state.registered = max(state.registered, full)
+        state.registered = full
 
     def vacate(self, state: RequestState) -> None:
         """The only way out of a slot: frees it and its blocks, whatever is in flight."""
@@ -89,10 +91,11 @@ class Sequences:
 
     def output(self, state: RequestState) -> EngineOutput:
         """What is new of a request since its last output."""
-        tokens = state.tokens
+        told = state.prompt_len + state.delivered
         if state.slot >= 0:
-            tokens = self.slots.tokens[state.slot, : self.slots.known[state.slot]]
-        new = tokens[state.prompt_len + state.delivered :].tolist()
+            new = self.slots.tokens[state.slot, told : self.slots.known[state.slot]].tolist()
+        else:
+            new = state.tokens[told:].tolist()
         state.delivered += len(new)
         output = EngineOutput(request_id=state.id, token_ids=new, num_cached_tokens=max(state.cached_tokens, 0))
         sampling = state.request.sampling

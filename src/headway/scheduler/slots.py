@@ -91,9 +91,6 @@ class SlotTable:
                     ended[row] = True
         return ended
 
-    def stops_at(self, slot: int, token: int) -> bool:
-        return token in self.many_stops[slot] if slot in self.many_stops else bool((self.stops[slot] == token).any())
-
     def _set_stops(self, slot: int, stops: list[int]) -> None:
         self.stops[slot] = -1
         if len(stops) <= STOPS_INLINE:

@@ -18,7 +18,7 @@ from headway.batch.engines import Lease
 from headway.batch.flow import Fail
 from headway.batch.params import ParamsReader
 from headway.batch.row import Done, Row
-from headway.errors import HeadwayError, RequestError
+from headway.errors import RequestError
 from headway.llm import AsyncLLM
 from headway.llm.chat import is_begun
 from headway.llm.prompts import PromptInput
@@ -149,7 +149,7 @@ class EngineStage:
         for entry in entries:
             try:
                 mine, one = self._prompts(entry), self._row_params(entry)
-            except HeadwayError as error:
+            except Exception as error:
                 self._fail_row(entry, error)
                 continue
             self._inside.add(entry)
@@ -157,7 +157,10 @@ class EngineStage:
                 keys.append(entry)
                 prompts.append(prompt)
                 params.append(one)
-        self._stream.submit(keys, prompts, params)
+        try:
+            self._stream.submit(keys, prompts, params)
+        except Exception as error:
+            self._fail(error)
 
     def _row_params(self, entry: _Entry) -> SamplingParams | PoolingParams:
         if entry.scoring is not None:
@@ -196,7 +199,10 @@ class EngineStage:
                 self._lose(entry, answer)
                 continue
             self._failures = 0
-            self._settle(entry, answer)
+            try:
+                self._settle(entry, answer)
+            except Exception as error:
+                entry.row.fail(error, self.name)
             done.setdefault(entry.done, []).append(entry.row)
         for call, rows in done.items():
             call(rows)
@@ -269,13 +275,13 @@ class EngineStage:
     # An engine that failed --------------------------------------------------------------------------------------------
 
     def _lose(self, entry: _Entry, error: BaseException) -> None:
+        if self._renewal is None:  # from here on no row enters the one that failed
+            self._renewal = asyncio.get_running_loop().create_task(self._renew(error))
         entry.failures += 1
         if entry.failures > 2:  # it ran alone
             self._fail_row(entry, error)
         else:
             self._lost.append(entry)
-        if self._renewal is None:
-            self._renewal = asyncio.get_running_loop().create_task(self._renew(error))
 
     async def _renew(self, error: BaseException) -> None:
         self._failures += 1
