@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import headway
@@ -22,7 +23,8 @@ ENGINE = [
     "engine",
     "llm",
 ]
-LINE_BUDGET = 20_000
+ENGINE_LINES = 20_000
+ALL_LINES = 29_100  # a ratchet: lowered when the code shrinks, raised only on purpose, for a new capability
 
 
 def test_a_room_imports_only_from_the_rooms_below_it() -> None:
@@ -32,12 +34,21 @@ def test_a_room_imports_only_from_the_rooms_below_it() -> None:
 
 
 def test_the_engine_stays_within_its_line_budget() -> None:
-    rooms = [ROOT / "src" / "headway" / room for room in ENGINE]
-    files = [*(file for room in rooms for file in room.rglob("*.py")), *(ROOT / "csrc").glob("*.*")]
-    assert len(files) > 100
-    lines = {f: f.read_text().count("\n") for f in files}
+    package = ROOT / "src" / "headway"
+    rooms = [file for room in ENGINE for file in (package / room).rglob("*.py")]
+    assert_within(ENGINE_LINES, [*package.glob("*.py"), *rooms])
+
+
+def test_all_code_stays_within_what_it_has() -> None:
+    assert_within(ALL_LINES, (ROOT / "src").rglob("*.py"))
+
+
+def assert_within(budget: int, files: Iterable[Path]) -> None:
+    """The kernels included."""
+    lines = {file: file.read_text().count("\n") for file in (*files, *(ROOT / "csrc").glob("*.*"))}
+    assert len(lines) > 100
     largest = sorted(lines.items(), key=lambda item: -item[1])[:5]
-    assert sum(lines.values()) <= LINE_BUDGET, [(str(f.relative_to(ROOT)), n) for f, n in largest]
+    assert sum(lines.values()) <= budget, (sum(lines.values()), [(str(f.relative_to(ROOT)), n) for f, n in largest])
 
 
 def test_the_public_names_are_pinned() -> None:

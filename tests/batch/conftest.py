@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def ray_here() -> Generator[None]:
     """Two CPUs, whose workers find these tests."""
     import ray

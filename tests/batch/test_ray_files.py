@@ -12,9 +12,12 @@ import pytest
 
 pytest.importorskip("ray.data")
 
+from tests.batch.processors import FAKE
+
 from headway.cli import main
 
 ENGINE = ["--model", "smollm2-135m-instruct", "--max-num-seqs", "8", "--max-model-len", "256", "--threads", "1"]
+ENGINE += ["--distributed-executor-backend", FAKE["distributed_executor_backend"]]
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
