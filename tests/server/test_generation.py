@@ -24,11 +24,13 @@ def client(served: Served) -> openai.OpenAI:
 
 
 def ask(client: openai.OpenAI, **fields: Any) -> Any:
-    return client.chat.completions.create(**{"model": MODEL, "messages": QUESTION, "temperature": 0, **fields})
+    create: Any = client.chat.completions.create
+    return create(**{"model": MODEL, "messages": QUESTION, "temperature": 0, **fields})
 
 
 def complete(client: openai.OpenAI, **fields: Any) -> Any:
-    return client.completions.create(**{"model": MODEL, "temperature": 0, "max_tokens": 4, **fields})
+    create: Any = client.completions.create
+    return create(**{"model": MODEL, "temperature": 0, "max_tokens": 4, **fields})
 
 
 # Chat -----------------------------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
 def ask(client: openai.OpenAI, says: str = "", extra: dict[str, Any] | None = None, **fields: Any) -> Any:
     """says: what the model is made to say."""
     body = {**({"structured_outputs": {"choice": [says]}} if says else {}), **(extra or {})}
-    given = {"model": MODEL, "messages": ASKED, "temperature": 0, **fields}
-    return client.chat.completions.create(**given, extra_body=body)
+    create: Any = client.chat.completions.create
+    return create(**{"model": MODEL, "messages": ASKED, "temperature": 0, **fields}, extra_body=body)
 
 
 def streamed(chunks: Any) -> tuple[str, str, list[dict[str, Any]], str]:
@@ -177,7 +177,7 @@ def test_what_cannot_be_honoured_is_named(client: openai.OpenAI, field: str, fie
     if field == "tools":
         fields["tool_choice"] = "required"
     with pytest.raises(openai.BadRequestError, match=field) as caught:
-        ask(client, **{"tools": TOOLS, **fields})
+        ask(client, "", None, **{"tools": TOOLS, **fields})
     assert (caught.value.param or "").startswith(field)
 
 

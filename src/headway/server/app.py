@@ -30,12 +30,15 @@ from headway.server.pooling import (
     score,
 )
 from headway.server.protocol import ChatRequest, CompletionRequest
+from headway.server.responses import responses
+from headway.server.responses_input import ResponsesRequest
 from headway.server.state import State
 from headway.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
 POSTS: Posts = {
     "/v1/chat/completions": (ChatRequest, chat),
     "/v1/completions": (CompletionRequest, completions),
+    "/v1/responses": (ResponsesRequest, responses),
     "/v1/embeddings": (EmbeddingRequest, embeddings),
     "/v1/classify": (ClassifyRequest, classify),
     "/v1/score": (ScoreRequest, score),

@@ -39,8 +39,8 @@ class Turn:
     params: SamplingParams
     reader: Callable[[], Reader] | None
 
-    def message(self, text: str) -> Message:
-        return Message.read(self.reader() if self.reader else Content(), text)
+    def new_reader(self) -> Reader:
+        return self.reader() if self.reader else Content()
 
 
 async def prepare(state: State, request: ChatRequest) -> Turn:
@@ -62,7 +62,7 @@ async def chat(state: State, request: ChatRequest) -> Answer:
     if request.stream:
         return _stream(state, turn, request)
     (output,) = await whole(state, [turn.prompt], turn.params, request)
-    messages = [turn.message(sample.text) for sample in output.outputs]
+    messages = [Message.read(turn.new_reader(), sample.text) for sample in output.outputs]
     top = request.top_logprobs or 0
     record = {
         **Head("chatcmpl", "chat.completion", state.names[0]).record(),
@@ -77,10 +77,10 @@ async def chat(state: State, request: ChatRequest) -> Answer:
 def reasoning_tokens(state: State, samples: list[Completion], messages: list[Message]) -> int:
     """With the marks around it."""
     reasoned = [sample for sample, message in zip(samples, messages) if message.reasoning]
-    return sum(_thinking_tokens(state.llm.tokenizer, sample.token_ids) for sample in reasoned)
+    return sum(thinking_tokens(state.llm.tokenizer, sample.token_ids) for sample in reasoned)
 
 
-def _thinking_tokens(tokenizer: Tokenizer, token_ids: list[int]) -> int:
+def thinking_tokens(tokenizer: Tokenizer, token_ids: list[int]) -> int:
     """Of an answer's tokens, those up to the end of its reasoning; all if it has no end."""
     pieces = [tokenizer.token_to_piece(token) for token in token_ids]
     at = "".join(pieces).find(ANSWER)
@@ -104,7 +104,7 @@ async def _stream(state: State, turn: Turn, request: ChatRequest) -> Stream:
                     yield choice.begin() + choice.feed(sample)
                 elif event := choice.feed(sample):
                     yield event
-    usage.reasoning = sum(_thinking_tokens(state.llm.tokenizer, choice.thoughts) for choice in choices.values())
+    usage.reasoning = sum(thinking_tokens(state.llm.tokenizer, choice.thoughts) for choice in choices.values())
     yield chunks.end()
 
 

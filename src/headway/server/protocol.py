@@ -174,6 +174,14 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
 
 
+def converted(field: str, value: Any, kind: type[T]) -> T:
+    """RequestError if value is none of that kind."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise RequestError(field, value, str(error)[:1].lower() + str(error)[1:]) from None
+
+
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 _PATH = re.compile(r" - at `\$\.?(.*)`$")

@@ -10,7 +10,7 @@ import msgspec
 
 from headway.errors import RequestError
 from headway.llm.tools import ToolParser
-from headway.server.protocol import ChatRequest
+from headway.server.protocol import ChatRequest, converted
 from headway.server.reading import NamedCall, Reader, calls_in, required_calls
 
 Schema = dict[str, Any]
@@ -54,7 +54,7 @@ class ToolUse:
 def tool_use(request: ChatRequest, parser: ToolParser) -> ToolUse:
     """Raises RequestError."""
     tools, choice = request.tools or [], request.tool_choice
-    functions = [_converted(f"tools[{i}]", tool, Tool).function for i, tool in enumerate(tools)]
+    functions = [converted(f"tools[{i}]", tool, Tool).function for i, tool in enumerate(tools)]
     if choice is None:
         choice = "auto" if tools else "none"
     if choice == "none" or (choice == "auto" and not tools):
@@ -73,7 +73,7 @@ def tool_use(request: ChatRequest, parser: ToolParser) -> ToolUse:
         return ToolUse(tools, _calls_schema(functions, single), required_calls)
     if isinstance(choice, str):
         raise RequestError("tool_choice", choice, "must be auto, none, required or a function")
-    name = _converted("tool_choice", choice, Named).function.name
+    name = converted("tool_choice", choice, Named).function.name
     named = next((function for function in functions if function.name == name), None)
     if named is None:
         accepted = f"must be one of tools: {', '.join(function.name for function in functions)}"
@@ -101,10 +101,3 @@ def _calls_schema(functions: list[Function], single: bool) -> Schema:
 def _moved(schema: Schema, to: str) -> Schema:
     text = msgspec.json.encode(schema)  # inside strings, quotes are escaped: what looks like a reference is one
     return msgspec.json.decode(text.replace(b'"$ref":"#', b'"$ref":"' + to.encode()))
-
-
-def _converted(field: str, value: Any, kind: Any) -> Any:
-    try:
-        return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        raise RequestError(field, value, str(error)) from None
