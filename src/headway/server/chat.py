@@ -117,6 +117,7 @@ class _Choice:
         self._reasoned, self._calls = False, 0
         self._token_ids: list[int] = []
         self._is_bare = turn.params.logprobs is None and not chunks.continuous
+        self._around: dict[str, tuple[bytes, bytes]] = {}
         self._before, self._after = chunks.around(self._choice({"content": TEXT}))
 
     @property
@@ -157,9 +158,12 @@ class _Choice:
         return parts
 
     def _event(self, part: Part) -> bytes:
-        if part.kind == "content":
-            return self._before + encode(part.text) + self._after
-        return self._chunks.event(self._choice(self._delta(part)))
+        if part.kind == "call":
+            return self._chunks.event(self._choice(self._delta(part)))
+        if part.kind not in self._around:
+            self._around[part.kind] = self._chunks.around(self._choice({part.kind: TEXT}))
+        before, after = self._around[part.kind]
+        return before + encode(part.text) + after
 
     def _delta(self, part: Part) -> Record:
         if part.kind != "call":

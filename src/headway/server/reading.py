@@ -158,8 +158,10 @@ def until(text: str, mark: str) -> tuple[int, bool]:
     found = text.find(mark)
     if found >= 0:
         return len(text[:found].rstrip()), True
-    end = next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
-    return len(text[: len(text) - end].rstrip()), False
+    begin = text.find(mark[0], max(0, len(text) - len(mark) + 1))
+    while begin >= 0 and not mark.startswith(text[begin:]):
+        begin = text.find(mark[0], begin + 1)
+    return len((text if begin < 0 else text[:begin]).rstrip()), False
 
 
 def calls_in(parser: ToolParser, single: bool) -> Calls:
