@@ -9,8 +9,9 @@ from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from headway.server.endpoint import ASGIApp, Receive, Reply, Scope, Send
+from headway.server.endpoint import Reply
 from headway.server.errors import ApiError
 from headway.server.options import ServeOptions
 

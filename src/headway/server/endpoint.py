@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from starlette.types import Receive, Scope, Send
 
 from headway.server.errors import ApiError, api_error
 from headway.server.protocol import decode
@@ -19,10 +20,6 @@ T = TypeVar("T")
 
 Stream = AsyncGenerator[bytes, None]
 Answer = bytes | Stream
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 _JSON = (b"content-type", b"application/json")

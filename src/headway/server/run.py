@@ -64,6 +64,7 @@ async def _serve(llm: AsyncLLM, options: ServeOptions, listener: socket.socket) 
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         root_path=options.root_path,
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile=options.ssl_keyfile,
