@@ -129,7 +129,6 @@ def test_uni_runs_one_rank_and_names_the_executors_that_run_more() -> None:
 
 def test_sizes_that_cannot_be_are_refused_by_name() -> None:
     assert refused(pipeline_parallel_size=31).accepted == "the model has 30 layers"
-    assert refused(data_parallel_size=2).field == "data_parallel_size"
     assert refused(ENCODER, pipeline_parallel_size=2).field == "pipeline_parallel_size"
     assert refused(tensor_parallel_size=10).accepted == "the model has 9 heads"
 
@@ -142,6 +141,27 @@ def test_ranks_of_a_node_divide_its_cores_and_its_memory() -> None:
     assert settled(machine=replace(small, cores=2), pipeline_parallel_size=3).device.threads == 1
     assert abs(one.cache.num_blocks - two.cache.num_blocks) <= 1  # half the layers in half the memory
     assert "which 2 ranks divide" in why(two, "kv_cache_memory_bytes")[1]
+
+
+def test_replicas_are_ranks_of_this_node_too() -> None:
+    one, two = settled(), settled(data_parallel_size=2)
+    assert (two.parallel.data_parallel_size, two.parallel.data_parallel_backend) == (2, "mp")
+    assert (one.device.threads, two.device.threads, settled(data_parallel_size=2, threads=4).device.threads) == (
+        4,
+        2,
+        4,
+    )
+    assert "a rank's share of the 4 cores that 2 ranks may use" in why(two, "threads")[1]
+    assert settled(data_parallel_size=2, tensor_parallel_size=2).device.threads == 1
+    assert settled(data_parallel_size=2).parallel.executor == "uni"  # each of them
+
+
+def test_replicas_that_cannot_be_are_refused_by_name() -> None:
+    assert refused(data_parallel_size=2, data_parallel_backend="ray").field == "data_parallel_backend"
+    external = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2}
+    assert refused(machine=launched(4), **external, data_parallel_size=2).field == "data_parallel_size"
+    with pytest.warns(RuntimeWarning, match="data_parallel_backend='mp' is not used: one replica"):
+        settled(data_parallel_backend="mp")
 
 
 def launched(world_size: int, **kwargs: Any) -> MachineFacts:

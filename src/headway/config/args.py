@@ -55,6 +55,7 @@ class EngineArgs:
     tensor_parallel_size: int = setting(1, text="ranks that share every layer", short="-tp", low=1)
     pipeline_parallel_size: int = setting(1, text="ranks that split the layers", short="-pp", low=1)
     data_parallel_size: int = setting(1, text="replicas of the engine", short="-dp", low=1)
+    data_parallel_backend: Literal["mp", "ray"] | None = setting(text="where the replicas run", short="-dpb")
     start_timeout_s: float = setting(
         600.0, text="unless uni: how long the ranks may take to load the model (0: any time)", low=0
     )

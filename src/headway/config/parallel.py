@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from headway.config.choices import Choices
 from headway.config.facts import ModelFacts
 from headway.config.machine import MachineFacts
@@ -28,10 +30,9 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
     stage_layers = split_layers(facts.num_layers, pp, facts.head_layers)
     stages = f"given; stages of {', '.join(map(str, stage_layers))} layers, the last with the head"
     choices.note("pipeline_parallel_size", pp, stages if pp > 1 else "not split")
-    if dp > 1:
-        raise ConfigError("data_parallel_size", dp, "must be 1: this version runs one replica")
-    choices.note("data_parallel_size", dp, "one replica")
+    choices.note("data_parallel_size", dp, "given; each replica in a process of its own" if dp > 1 else "one replica")
     executor = _executor(choices, machine, tp * pp, weights)
+    backend = _replicas(choices, executor)
     if executor in ("uni", "fake"):
         choices.unused(*TIMEOUTS, why=f"the executor is {executor}")
     else:
@@ -41,10 +42,26 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
         executor=executor,
         tensor_parallel_size=tp,
         pipeline_parallel_size=pp,
+        data_parallel_size=dp,
+        data_parallel_backend=backend,
         stage_layers=stage_layers,
         start_timeout_s=args.start_timeout_s,
         step_timeout_s=args.step_timeout_s,
     )
+
+
+def _replicas(choices: Choices, executor: str) -> Literal["mp", "ray"]:
+    """Where they run."""
+    dp, asked = choices.args.data_parallel_size, choices.args.data_parallel_backend
+    if dp == 1:
+        choices.unused("data_parallel_backend", why="one replica")
+        return "mp"
+    if executor == "external_launcher":
+        accepted = "must be 1: the launcher's processes make replicas by themselves, as many as WORLD_SIZE has room for"
+        raise ConfigError("data_parallel_size", dp, accepted)
+    if asked == "ray":
+        raise ConfigError("data_parallel_backend", asked, "must be mp: this version starts replicas on this node only")
+    return choices.pick("data_parallel_backend", asked, "mp", "processes of this node")
 
 
 def split_layers(num_layers: int, stages: int, head_layers: float) -> tuple[int, ...]:
@@ -68,13 +85,13 @@ def ranks_on_this_node(parallel: ParallelConfig, machine: MachineFacts, weights:
     if parallel.executor == "ray":  # as many as fit; other nodes are taken to be like this one
         fitting = machine.free_memory * parallel.ranks // max(weights, 1)
         return max(1, min(parallel.ranks, machine.cores, fitting))
-    return parallel.ranks * processes  # each of which may start an engine
+    return parallel.ranks * parallel.data_parallel_size * processes  # each of which may start an engine
 
 
 def _executor(choices: Choices, machine: MachineFacts, ranks: int, weights: int) -> str:
     asked = choices.args.distributed_executor_backend
     cluster = machine.ray is not None or choices.args.ray_address is not None
-    automatic, reason = _automatic(machine, ranks, weights, cluster)
+    automatic, reason = _automatic(machine, ranks, weights, cluster)  # of each replica
     executor = choices.pick("distributed_executor_backend", None if asked == "auto" else asked, automatic, reason)
     if executor not in EXECUTORS and ":" not in executor:
         raise ConfigError("distributed_executor_backend", asked, f"must be {ACCEPTED}")

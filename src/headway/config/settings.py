@@ -57,7 +57,8 @@ class SchedulerConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """executor: a name of headway.executor, or an import path "module:Class". stage_layers: of each pipeline stage;
-    empty: divided evenly.
+    empty: divided evenly. data_parallel_size: engines of that kind, each in processes of its own where there are
+    several.
 
     start_timeout_s, step_timeout_s: how long ranks in other processes may take to load (or for another call)
     and for one step; 0: any time.
@@ -66,6 +67,8 @@ class ParallelConfig:
     executor: str = "uni"
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    data_parallel_backend: Literal["mp", "ray"] = "mp"
     stage_layers: tuple[int, ...] = ()
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0

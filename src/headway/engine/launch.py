@@ -40,15 +40,15 @@ def launch(config: EngineConfig, grammar: Callable[[], GrammarBackend] | None = 
 
 def load(config: EngineConfig, facts: ModelFacts, tokenizer: str) -> tuple[EngineCore, Tokenizer, LLGuidanceBackend]:
     """launch() with the grammar that the tokenizer's file (or directory) makes; it is read while the model loads."""
-
-    def read() -> tuple[Tokenizer, LLGuidanceBackend]:
-        found = load_tokenizer(tokenizer, may_lack=config.model.load_format == "dummy")
-        return found, make_grammar(found, facts)
-
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(read)
+        reading = pool.submit(read_tokenizer, config, facts, tokenizer)
         core = launch(config, lambda: reading.result()[1])
     return core, *reading.result()
+
+
+def read_tokenizer(config: EngineConfig, facts: ModelFacts, path: str) -> tuple[Tokenizer, LLGuidanceBackend]:
+    tokenizer = load_tokenizer(path, may_lack=config.model.load_format == "dummy")
+    return tokenizer, make_grammar(tokenizer, facts)
 
 
 def _open_trace(config: EngineConfig) -> Trace | None:

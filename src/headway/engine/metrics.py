@@ -74,6 +74,9 @@ class EngineMetrics(EngineStats, kw_only=True):
     def executor_tax(self) -> float:
         return self.times.executor_tax
 
+    def __add__(self, other: EngineMetrics) -> EngineMetrics:
+        return EngineMetrics(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
 
 class StepClock:
     """Adds up where the time goes. Driven by the engine's thread, read by any; all of it costs some 2 us a step.

@@ -46,6 +46,7 @@ class EngineClient(ABC):
 
     def __init__(self) -> None:
         self.ended: Future[BaseException] = Future()
+        self.ended.set_running_or_notify_cancel()  # who no longer waits for it does not cancel it
 
     async def generate(self, *requests: Request) -> AsyncGenerator[EngineOutput, None]:
         """The requests' outputs in the order the engine gives them, until each has one with a finish_reason.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
@@ -48,8 +49,8 @@ class Upkeep:
             first = list(islice(coming, 1))  # an iterable that fails at once leaves the weights as they are
             self._replace(chain((first.pop() for _ in range(len(first))), coming))  # and is not held on to
         else:
-            with tempfile.TemporaryDirectory(prefix="headway-") as folder:
-                self._replace(_save(_pairs(weights), Path(folder)))
+            with as_file(weights) as path:
+                self._replace(path)
 
     def _replace(self, weights: str | Iterable[tuple[str, Tensor]]) -> None:
         self._executor.call("check_weights", weights if isinstance(weights, str) else None)
@@ -83,6 +84,16 @@ class Upkeep:
             raise EngineError("requests are running: wait for their end, or abort them")
 
 
+@contextmanager
+def as_file(weights: Weights) -> Generator[str]:
+    """A checkpoint's path, for other processes: tensors are there as long as this is entered."""
+    if isinstance(weights, (str, PathLike)):
+        yield fspath(weights)
+    else:
+        with tempfile.TemporaryDirectory(prefix="headway-") as folder:
+            yield _save(_pairs(weights), Path(folder))
+
+
 def _pairs(weights: Any) -> Iterator[tuple[str, Tensor]]:
     """As they come, none held on to. Raises ConfigError for what is no pair."""
     from torch import Tensor
@@ -100,7 +111,7 @@ def _pairs(weights: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _save(weights: Iterable[tuple[str, Tensor]], folder: Path) -> str:
-    """For workers in other processes. Returns the file's path."""
+    """Returns the file's path."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Any] = {}

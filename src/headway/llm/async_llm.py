@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from headway.engine import AsyncEngine, EngineCore
-from headway.engine.port import EngineClient
+from headway.engine.port import EngineClient, Health
 from headway.errors import RequestError
 from headway.llm.chat import Message
 from headway.llm.frontend import Client, Frontend
@@ -48,12 +48,17 @@ class AsyncLLM(Client[EngineClient]):
         request_id: str | None = None,
         priority: int = 0,
         stream: bool = True,
+        data_parallel_rank: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Deltas as tokens come, each with what is new of one sample; without stream, the whole once at the end."""
+        """Deltas as tokens come, each with what is new of one sample; without stream, the whole once at the end.
+
+        data_parallel_rank: the replica that is to run it.
+        """
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         name = self._claim(request_id)
         try:
-            prepared = await self._prepare(name, prompt, params, delta=stream, priority=priority)
+            routing = {"priority": priority, "data_parallel_rank": data_parallel_rank}
+            prepared = await self._prepare(name, prompt, params, delta=stream, **routing)
             self._running[name] = [request.request_id for request in prepared.requests]
             result = GeneratedResult(self.tokenizer, prepared)
             if name in self._aborted_early:
@@ -81,11 +86,13 @@ class AsyncLLM(Client[EngineClient]):
         request_id: str | None = None,
         priority: int = 0,
         stream: bool = True,
+        data_parallel_rank: int | None = None,
         **template: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """As generate(), for a conversation. template: tools and what else ChatRenderer.render takes."""
         prompt = self.chat_prompt(messages, **template)
-        outputs = self.generate(prompt, sampling_params, request_id=request_id, priority=priority, stream=stream)
+        options: dict[str, Any] = {"priority": priority, "stream": stream, "data_parallel_rank": data_parallel_rank}
+        outputs = self.generate(prompt, sampling_params, request_id=request_id, **options)
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
@@ -125,6 +132,14 @@ class AsyncLLM(Client[EngineClient]):
         """As LLM.wake_up."""
         await self._engine.wake_up()
 
+    def health(self) -> list[Health]:
+        """Of each replica."""
+        return self._engine.health()
+
+    async def ended(self) -> BaseException:
+        """Returns once the engine has failed for good, or was closed: of what."""
+        return await asyncio.wrap_future(self._engine.ended)
+
     def close(self) -> None:
         """Ends the engine; idempotent. Whoever still waits gets EngineDead."""
         self._engine.close()
@@ -154,14 +169,12 @@ class AsyncLLM(Client[EngineClient]):
         self._running[name] = []
         return name
 
-    async def _prepare(
-        self, request_id: str, prompt: Prompt, params: Params, *, delta: bool = False, priority: int = 0
-    ) -> Prepared:
+    async def _prepare(self, request_id: str, prompt: Prompt, params: Params, **options: Any) -> Prepared:
         item = as_input(prompt)
         prepare = self._frontend.processor.prepare
         if _is_quick(item, params):
-            return prepare(request_id, item, params, delta=delta, priority=priority)
-        return await asyncio.to_thread(prepare, request_id, item, params, delta=delta, priority=priority)
+            return prepare(request_id, item, params, **options)
+        return await asyncio.to_thread(prepare, request_id, item, params, **options)
 
 
 async def _aborted(requests: list[Request]) -> AsyncGenerator[EngineOutput, None]:

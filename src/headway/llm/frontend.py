@@ -85,9 +85,13 @@ def find(model: str, **engine_args: Any) -> Resolved:
     return Resolved(facts, config, default_sampling(path), str(tokenizer))
 
 
-def start(model: str, **engine_args: Any) -> tuple[Frontend, EngineCore]:
-    """As find(), and loads the model."""
+def start(model: str, **engine_args: Any) -> tuple[Frontend, EngineCore | EngineClient]:
+    """As find(), and loads the model, in this process or replicas of it in others."""
     found = find(model, **engine_args)
+    if found.config.parallel.data_parallel_size > 1:
+        from headway.llm.replicas import start_replicas
+
+        return start_replicas(found)
     core, tokenizer, grammar = load(found.config, found.facts, found.tokenizer)
     logging.getLogger("headway").info("%s: %s", core.config.model.served_model_name, core.info)
     return Frontend.over(core.config, core.info, found.facts, tokenizer, grammar, found.sampling), core

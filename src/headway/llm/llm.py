@@ -22,12 +22,13 @@ from headway.messages import EngineOutput, PooledOutput, PoolingParams, RequestO
 
 if TYPE_CHECKING:
     from headway.engine.port import EngineClient
+    from headway.engine.stepped import Stepped
     from headway.engine.upkeep import Weights
 
 OnOutput = Callable[[Any], None]
 
 
-class LLM(Client[EngineCore]):
+class LLM(Client["EngineCore | Stepped"]):
     """One model in this process. Calls from several threads take turns.
 
     Every method checks all prompts before any runs: RequestError names the one that cannot be honoured. Ctrl-C ends
@@ -36,8 +37,7 @@ class LLM(Client[EngineCore]):
     """
 
     def _attach(self, frontend: Frontend, engine: EngineCore | EngineClient) -> None:
-        assert isinstance(engine, EngineCore)
-        self._frontend, self._engine = frontend, engine
+        self._frontend, self._engine = frontend, engine if isinstance(engine, EngineCore) else _stepped(engine)
         self._turn = threading.Lock()
         self._ids = map(str, itertools.count())
 
@@ -157,11 +157,11 @@ class LLM(Client[EngineCore]):
 class _Run:
     """One call's requests on the engine. Few wait inside it at a time: the rest costs the scheduler nothing."""
 
-    def __init__(self, frontend: Frontend, engine: EngineCore, prepared: deque[Prepared]) -> None:
+    def __init__(self, frontend: Frontend, engine: EngineCore | Stepped, prepared: deque[Prepared]) -> None:
         self._core = engine
         self._tokenizer = frontend.tokenizer
         self._prepared = prepared
-        self._window = 2 * frontend.config.scheduler.max_num_seqs
+        self._window = 2 * frontend.config.scheduler.max_num_seqs * frontend.config.parallel.data_parallel_size
         self._running: dict[str, tuple[int, Result]] = {}
         self._next = 0
         self.outputs: list[Any] = [None] * len(prepared)
@@ -205,6 +205,12 @@ class _Run:
         if finished is not None:
             self.outputs[index] = finished
         return finished
+
+
+def _stepped(engine: EngineClient) -> Stepped:
+    from headway.engine.stepped import Stepped
+
+    return Stepped(engine)
 
 
 def _progress(wanted: bool, total: int) -> AbstractContextManager[OnOutput]:

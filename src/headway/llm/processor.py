@@ -64,11 +64,19 @@ class Processor:
         self._eos = list(dict.fromkeys((*tokenizer.eos_token_ids, *facts.eos_token_ids)))
 
     def prepare(
-        self, request_id: str, prompt: Prompt, params: Params, *, delta: bool = False, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: Params,
+        *,
+        delta: bool = False,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
     ) -> Prepared:
         item = self._input(prompt)
         (token_ids,) = self._tokenize([item])
-        return self._prepared(request_id, item, token_ids, params, self._decide(params), delta, priority)
+        decided = self._decide(params)
+        return self._prepared(request_id, item, token_ids, params, decided, delta, priority, data_parallel_rank)
 
     def prepare_all(
         self, request_ids: Iterator[str], prompts: Sequence[Prompt], params: Sequence[Params]
@@ -125,6 +133,7 @@ class Processor:
         decided: _Decided,
         delta: bool = False,
         priority: int = 0,
+        data_parallel_rank: int | None = None,
     ) -> Prepared:
         if item.text is None or max(token_ids, default=0) >= self._facts.vocab_size:
             self._check_ids("prompt_token_ids", token_ids)
@@ -138,6 +147,7 @@ class Processor:
             token_type_ids=item.token_type_ids,
             cache_salt=item.cache_salt,
             priority=priority,
+            data_parallel_rank=self._rank(data_parallel_rank),
         )
         if isinstance(params, PoolingParams):
             request.pooling = params
@@ -180,6 +190,12 @@ class Processor:
         for token in token_ids:
             if type(token) is not int or not 0 <= token < size:
                 raise RequestError(field, token, f"token ids of this model are 0 to {size - 1}")
+
+    def _rank(self, rank: int | None) -> int | None:
+        size = self._config.parallel.data_parallel_size
+        if rank is not None and (type(rank) is not int or not 0 <= rank < size):
+            raise RequestError("data_parallel_rank", rank, f"must be a replica, 0 to {size - 1}")
+        return rank
 
     def _check_types(self, types: list[int] | None, num_tokens: int) -> None:
         kinds = range(max(1, self._facts.token_types))

@@ -17,6 +17,7 @@ class Request(msgspec.Struct, array_like=True, tag=True, kw_only=True):
     priority: lower runs first, under the priority policy.
     token_type_ids: for encoders with segments (BERT pairs); None is all zero.
     cache_salt: requests with different salts share no cached blocks.
+    data_parallel_rank: the replica that runs it; None: any.
     """
 
     request_id: str
@@ -31,3 +32,4 @@ class Request(msgspec.Struct, array_like=True, tag=True, kw_only=True):
     stream: bool = False
     token_type_ids: list[int] | None = None
     cache_salt: str = ""
+    data_parallel_rank: int | None = None

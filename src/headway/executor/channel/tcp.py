@@ -8,13 +8,10 @@ from collections import deque
 from collections.abc import Callable
 
 import zmq
-from zmq.utils import z85
 
 from headway.errors import EngineError
+from headway.executor.channel.curve import Gate, connect
 from headway.executor.channel.wire import Address
-
-_BEAT_MS = 5_000
-_LINGER_MS = 1_000
 
 
 class Hub:
@@ -29,18 +26,12 @@ class Hub:
         self._error: Exception | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context = zmq.Context()
-        self._gate = self._context.socket(zmq.REP)
-        self._gate.bind("inproc://zeromq.zap.01")  # where ZeroMQ asks who may come in; must be there first
-        server_key, server_secret = zmq.curve_keypair()
-        public_key, secret_key = zmq.curve_keypair()
-        self._allowed = z85.decode(public_key)
+        self._gate = Gate(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for who is not there, instead of nothing
-        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
-        self._socket.setsockopt(zmq.CURVE_SECRETKEY, server_secret)
-        _common_options(self._socket)
+        self._gate.guard(self._socket)
         port = self._socket.bind_to_random_port("tcp://*")
-        self.address = Address(f"tcp://{host}:{port}", server_key, public_key, secret_key)
+        self.address = self._gate.address(f"tcp://{host}:{port}")
         self._thread = threading.Thread(target=self._run, name="headway-tcp", daemon=True)
         self._thread.start()
 
@@ -74,18 +65,18 @@ class Hub:
             self._ring()
         finally:
             self._socket.close()
-            self._gate.close()
+            self._gate.socket.close()
 
     def _pass_on(self) -> None:
         poller = zmq.Poller()
-        for source in (self._wake, self._gate, self._socket):
+        for source in (self._wake, self._gate.socket, self._socket):
             poller.register(source, zmq.POLLIN)
         while not self._closing or self._outgoing:
             ready = dict(poller.poll())
             if self._wake in ready:
                 os.eventfd_read(self._wake)
-            if self._gate in ready:
-                self._answer_gate()
+            if self._gate.socket in ready:
+                self._gate.answer()
             while self._outgoing:
                 rank, message = self._outgoing.popleft()
                 try:
@@ -100,12 +91,6 @@ class Hub:
                 self._incoming.append((int(rank), message))
                 self._ring()
 
-    def _answer_gate(self) -> None:
-        """ZAP (rfc.zeromq.org/spec/27): whether a client's key is the one we gave out."""
-        version, request, *_, mechanism, key = self._gate.recv_multipart()
-        status = b"200" if mechanism == b"CURVE" and key == self._allowed else b"400"
-        self._gate.send_multipart([version, request, status, b"", b"", b""])
-
 
 class RemoteEnd:
     """The side of a worker on another node, used by one thread."""
@@ -114,11 +99,7 @@ class RemoteEnd:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.ROUTING_ID, str(rank).encode())
-        self._socket.setsockopt(zmq.CURVE_SERVERKEY, address.server_key)
-        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, address.public_key)
-        self._socket.setsockopt(zmq.CURVE_SECRETKEY, address.secret_key)
-        _common_options(self._socket)
-        self._socket.connect(address.endpoint)
+        connect(self._socket, address)
 
     def receive(self) -> bytes:
         """The next message; waits for it."""
@@ -130,11 +111,3 @@ class RemoteEnd:
     def close(self) -> None:
         self._socket.close()
         self._context.term()
-
-
-def _common_options(socket: zmq.Socket[bytes]) -> None:
-    socket.setsockopt(zmq.LINGER, _LINGER_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, _BEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * _BEAT_MS)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)

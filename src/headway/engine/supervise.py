@@ -1,0 +1,202 @@
+"""Replicas as processes: starts them, restarts those that die, tells clients, in this process or in others, of both.
+
+supervisor ── EngineTicket ──> engine processes (a launcher starts them and tells of their ends)
+           ── Status ──> clients: Replicas here, and over a socket each those of front ends in other processes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, Literal, Protocol, TypeVar
+
+import msgspec
+
+from headway.engine.replicas import Replicas
+from headway.engine.wire import EngineTicket, Ready, Status, encode
+from headway.errors import EngineDead
+from headway.executor.channel.wire import Failure
+from headway.executor.failure import error_of
+
+T = TypeVar("T")
+OnDeath = Literal["restart", "exit"]
+
+FIRST_DELAY_S, MOST_DELAY_S = 1.0, 30.0
+STEADY_S = 60.0
+"""A replica that ran this long starts again as soon as one that never died."""
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """A replica's process is gone. failure: what it said of that itself."""
+
+    why: str
+    failure: Failure | None = None
+
+
+class ReplicaLauncher(Protocol):
+    """Runs EngineService for each ticket, wherever that may be. Its methods are called on one event loop."""
+
+    def start(self, ticket: EngineTicket, tell: Callable[[Ready | Ended], None]) -> None:
+        """Returns at once. tell: is called, on any thread, with Ready if it gets so far, and with Ended once."""
+        ...
+
+    async def close(self, timeout: float) -> None:
+        """Tells all to end, kills what has not within the timeout; returns when all are gone."""
+        ...
+
+
+class LoopThread:
+    """An event loop on a thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """From another thread."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def close(self) -> None:
+        self.run(_cancel_all())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Replica:
+    """ready: its first start. started: when, on the monotonic clock. deaths: in a row, each soon after a start."""
+
+    def __init__(self, ticket: EngineTicket) -> None:
+        self.ticket = ticket
+        self.status = Status(ticket.replica, None, "it has not started yet")
+        self.ready: Future[Ready] = Future()
+        self.started = 0.0
+        self.deaths = 0
+
+
+class Supervisor:
+    """Owns the engine processes. on_death "exit": the first that dies is the end of all."""
+
+    def __init__(
+        self,
+        ticket: EngineTicket,
+        count: int,
+        launcher: Callable[[asyncio.AbstractEventLoop], ReplicaLauncher],
+        on_death: OnDeath = "restart",
+    ) -> None:
+        """ticket: of replica 0. Returns once all replicas are ready; raises what the first that is not failed of."""
+        self._thread = LoopThread("headway-supervise")
+        self._loop, self._on_death = self._thread.loop, on_death
+        self._launcher = launcher(self._loop)
+        self._replicas = [_Replica(msgspec.structs.replace(ticket, replica=replica)) for replica in range(count)]
+        self._listeners: list[Callable[[Status], None]] = []
+        self._seats: list[socket.socket] = []
+        self._closing = False
+        try:
+            self.ready = self._thread.run(self._start())
+        except BaseException:
+            self.close(0.0)
+            raise
+
+    def client(self) -> Replicas:
+        """For callers in this process; its close() is the supervisor's too."""
+        config = self.ready[0].config
+        replicas = Replicas(len(self._replicas), self._loop, config.cache.enable_prefix_caching, self.close)
+        self.listen(replicas.tell)
+        return replicas
+
+    def seat(self) -> socket.socket:
+        """For a front end in another process, which inherits it: what to make join() of. It ends with the
+        supervisor's process."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+
+        def tell(status: Status) -> None:
+            try:
+                ours.send(encode(status))
+            except OSError:  # that process is gone
+                self._listeners.remove(tell)
+                ours.close()
+
+        self.listen(tell)
+        self._seats.append(ours)
+        return theirs
+
+    def listen(self, tell: Callable[[Status], None]) -> None:
+        """tell: is called with every replica's status now, and whenever one changes."""
+
+        async def add() -> None:
+            self._listeners.append(tell)
+            for replica in self._replicas:
+                tell(replica.status)
+
+        self._thread.run(add())
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Idempotent. Not from a listener."""
+        if not self._closing:
+            self._closing = True
+            self._thread.run(self._launcher.close(timeout))
+            self._thread.close()
+            for seat in self._seats:
+                seat.close()
+
+    async def _start(self) -> list[Ready]:
+        for replica in self._replicas:
+            self._launch(replica)
+        starts: list[Awaitable[Ready]] = [asyncio.wrap_future(replica.ready) for replica in self._replicas]
+        return await asyncio.gather(*starts)
+
+    def _launch(self, replica: _Replica) -> None:
+        if self._closing:
+            return
+        replica.started = time.monotonic()
+
+        def tell(event: Ready | Ended) -> None:
+            with suppress(RuntimeError):  # the supervisor has ended
+                self._loop.call_soon_threadsafe(self._heard, replica, event)
+
+        self._launcher.start(replica.ticket, tell)
+
+    def _heard(self, replica: _Replica, event: Ready | Ended) -> None:
+        number = replica.ticket.replica
+        if isinstance(event, Ready):
+            self._tell(replica, Status(number, event.address))
+            if not replica.ready.done():
+                replica.ready.set_result(event)
+        elif not replica.ready.done():
+            failure = event.failure
+            error = EngineDead(f"replica {number}: {event.why}") if failure is None else error_of(0, failure)
+            replica.ready.set_exception(error)
+        elif not self._closing:
+            self._restart(replica, event.why)
+
+    def _restart(self, replica: _Replica, why: str) -> None:
+        number = replica.ticket.replica
+        if self._on_death == "exit":
+            self._tell(replica, Status(number, None, why, final=True))
+            return
+        if time.monotonic() - replica.started > STEADY_S:
+            replica.deaths = 0
+        delay = min(FIRST_DELAY_S * 2**replica.deaths, MOST_DELAY_S)
+        replica.deaths += 1
+        self._tell(replica, Status(number, None, f"{why}; starts again"))
+        self._loop.call_later(delay, self._launch, replica)
+
+    def _tell(self, replica: _Replica, status: Status) -> None:
+        replica.status = status
+        for tell in list(self._listeners):
+            tell(status)
