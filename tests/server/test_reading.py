@@ -40,7 +40,7 @@ PIECES = st.lists(st.sampled_from([*MARKS, "<", "</", "thi", "[", "{", " ", "\n"
 
 
 def read(reader: Reader, *pieces: str) -> dict[str, Any]:
-    message = Message(reader)
+    message = Message()
     for piece in pieces:
         for part in reader.push(piece):
             message.add(part)

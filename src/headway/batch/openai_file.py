@@ -6,24 +6,32 @@ SamplingParams does, such as top_k, are accepted; anything else that would chang
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
+
+import msgspec
 
 from headway.batch.readers import InputRow, Reader
 from headway.batch.row import Row
 from headway.batch.sinks import JsonLinesSink, Record
 from headway.errors import RequestError
-from headway.messages import Logprob, SamplingParams
+from headway.messages import Completion
+from headway.server.answers import Head, Usage, chat_choice, text_choice, text_logprobs
+from headway.server.pooling import EmbeddingRequest
+from headway.server.protocol import ChatRequest, CompletionRequest, Input, field_of, prompts_of
+from headway.server.reading import Call, Message
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 TASKS = {CHAT: "generate", COMPLETIONS: "generate", EMBEDDINGS: "embed"}
-LABELS = ("model", "user", "metadata")
-"""Of a body: nothing depends on them."""
-SAMPLING = frozenset(SamplingParams.__struct_fields__) - {"logprobs", "prompt_logprobs", "structured"}
-ONLY = {"stream": False, "echo": False, "best_of": 1, "encoding_format": "float", "tool_choice": "auto", "store": False}
-"""Fields of which one value is what happens anyway."""
+_Request = ChatRequest | CompletionRequest | EmbeddingRequest
+_KINDS: dict[str, type[_Request]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest, EMBEDDINGS: EmbeddingRequest}
+_FIXED = {
+    *("stream", "stream_options", "store", "echo", "prompt_logprobs", "priority", "cache_salt", "encoding_format"),
+    *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+    "parallel_tool_calls",
+}
+"""Fields of which rows have the default."""
 
 Body = Mapping[str, Any]
 
@@ -67,73 +75,42 @@ class RequestReader:
 
 def columns_of(url: str, body: Body) -> Record:
     """What a row brings for such a request; its model is not looked at. Raises RequestError."""
-    return (_embedding if url == EMBEDDINGS else _generation)(url, body)
+    request = _request(_KINDS[url], {name: value for name, value in body.items() if value is not None})
+    if isinstance(request, EmbeddingRequest):
+        params = {name: value for name in ("dimensions", "normalize") if (value := getattr(request, name)) is not None}
+        return {**_prompt("input", request.input), "pooling_params": params}
+    try:
+        params = request.given()
+    except RequestError as error:
+        raise RequestError(f"body.{error.field}", error.value, error.accepted) from None
+    if isinstance(request, CompletionRequest):
+        return {**_prompt("prompt", request.prompt), "sampling_params": params}
+    if request.tool_choice not in (None, "auto"):
+        raise RequestError("body.tool_choice", request.tool_choice, "must be 'auto'")
+    tools = {} if request.tools is None else {"tools": request.tools}
+    return {"messages": request.messages, "sampling_params": params, **tools}
 
 
-def _embedding(url: str, body: Body) -> Record:
-    pooling: Record = {}
-    for name, value in _given(body, "input"):
-        if name != "dimensions":
-            raise _unsupported(name, value)
-        pooling["dimensions"] = value
-    return {**_prompt("input", body.get("input")), "pooling_params": pooling}
+def _request(kind: type[_Request], body: Body) -> _Request:
+    try:
+        request = msgspec.convert(body, kind)
+    except msgspec.ValidationError as error:
+        field = field_of(str(error)) or ""
+        name = re.split(r"[.\[]", field)[0]
+        accepted = "is not supported" if "unknown field" in str(error) else str(error)
+        raise RequestError(f"body.{field}", body.get(name), accepted) from None
+    for field in msgspec.structs.fields(kind):
+        if field.name in _FIXED and (value := getattr(request, field.name)) != field.default:
+            raise RequestError(f"body.{field.name}", value, f"must be {field.default!r}")
+    return request
 
 
-def _generation(url: str, body: Body) -> Record:
-    chat = url == CHAT
-    question = "messages" if chat else "prompt"
-    columns: Record = {"messages": body.get("messages")} if chat else _prompt("prompt", body.get("prompt"))
-    params: Record = {}
-    for name, value in _given(body, question):
-        if name in SAMPLING:
-            params[name] = value
-        elif name == "logprobs" and (value is False or not chat):
-            params["logprobs"] = None if value is False else value
-        elif name == "logprobs":
-            params["logprobs"] = body.get("top_logprobs") or 0
-        elif name == "max_completion_tokens" and chat:
-            params["max_tokens"] = value
-        elif name == "response_format" and chat:
-            params["structured"] = _structure(value)
-        elif name == "tools" and chat:
-            columns["tools"] = value
-        elif name != "top_logprobs" or not chat:
-            raise _unsupported(name, value)
-    return {**columns, "sampling_params": params}
-
-
-def _given(body: Body, question: str) -> Iterator[tuple[str, Any]]:
-    """What is left to look at."""
-    for name, value in body.items():
-        if value is None or name == question or name in LABELS or (name in ONLY and value == ONLY[name]):
-            continue
-        if name in ONLY:
-            raise RequestError(f"body.{name}", value, f"must be {ONLY[name]!r}")
-        yield name, value
-
-
-def _unsupported(name: str, value: Any) -> RequestError:
-    return RequestError(f"body.{name}", value, "is not supported")
-
-
-def _prompt(name: str, value: Any) -> Record:
-    if isinstance(value, str):
-        return {"prompt": value}
-    if isinstance(value, list) and all(type(one) is int for one in cast("list[Any]", value)):
-        return {"tokenized_prompt": value}
-    raise RequestError(f"body.{name}", value, "must be one text, or a list of token ids")
-
-
-def _structure(given: Any) -> Record | None:
-    kind = cast(Record, given).get("type") if isinstance(given, dict) else None
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"json": {}}
-    schema = given.get("json_schema") if kind == "json_schema" else None
-    if not isinstance(schema, dict) or "schema" not in schema:
-        raise RequestError("body.response_format", given, "must be text, json_object, or json_schema with a schema")
-    return {"json": cast(Record, schema)["schema"]}
+def _prompt(name: str, given: Input) -> Record:
+    prompts = prompts_of(name, given)
+    if len(prompts) > 1:
+        raise RequestError(f"body.{name}", given, "must be one text, or a list of token ids")
+    text, ids = prompts[0].text, prompts[0].token_ids
+    return {"tokenized_prompt": ids} if text is None else {"prompt": text}
 
 
 class ResultSink(JsonLinesSink):
@@ -147,72 +124,39 @@ class ResultSink(JsonLinesSink):
         return {**line, "response": {"status_code": 200, "request_id": name, "body": answer_body(row)}, "error": None}
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    prefix: str
-    object: str
-
-
-_KINDS = {CHAT: _Kind("chatcmpl", "chat.completion"), COMPLETIONS: _Kind("cmpl", "text_completion")}
+_HEADS = {CHAT: ("chatcmpl", "chat.completion"), COMPLETIONS: ("cmpl", "text_completion")}
 
 
 def answer_body(row: Row) -> Record:
     """OpenAI's response to the request in ``row.source``, its url and body."""
-    data, model = row.data, row.source.get("body", {}).get("model")
-    prompt = data["num_input_tokens"]
+    data, body, url = row.data, row.source.get("body", {}), row.source.get("url", CHAT)
+    prompt, model = data["num_input_tokens"], body.get("model")
     if "embeddings" in data:
         items = [{"object": "embedding", "index": 0, "embedding": data["embeddings"]}]
         usage = {"prompt_tokens": prompt, "total_tokens": prompt}
         return {"object": "list", "data": items, "model": model, "usage": usage}
-    url = row.source.get("url", CHAT)
     samples = data.get("outputs") or [data]
-    generated = sum(sample["num_generated_tokens"] for sample in samples)
+    usage = Usage(prompt, sum(one["num_generated_tokens"] for one in samples), data.get("num_cached_tokens", 0))
+    prefix, object_ = _HEADS[url]
     return {
-        "id": f"{_KINDS[url].prefix}-{row.index}",
-        "object": _KINDS[url].object,
-        "created": int(time.time()),
-        "model": model,
-        "choices": [(_message if url == CHAT else _text)(i, sample) for i, sample in enumerate(samples)],
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": generated,
-            "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": data.get("num_cached_tokens", 0)},
-        },
+        **Head(prefix, object_, model).record(),
+        "id": f"{prefix}-{row.index}",
+        "choices": [_choice(url, i, sample, body.get("top_logprobs") or 0) for i, sample in enumerate(samples)],
+        "usage": usage.record(),
     }
 
 
-def _message(index: int, sample: Record) -> Record:
-    calls = {"tool_calls": sample["tool_calls"]} if "tool_calls" in sample else {}
-    message = {"role": "assistant", "content": sample["generated_text"], **calls}
-    logprobs = None
-    if "logprobs" in sample:
-        logprobs = {"content": [_token(*chosen) for chosen in _chosen(sample)]}
-    return {"index": index, "message": message, "finish_reason": sample["finish_reason"], "logprobs": logprobs}
-
-
-def _text(index: int, sample: Record) -> Record:
-    logprobs = None
-    if "logprobs" in sample:
-        tokens = _chosen(sample)
-        logprobs = {
-            "tokens": [token.decoded_token for token, _ in tokens],
-            "token_logprobs": [token.logprob for token, _ in tokens],
-            "top_logprobs": [{one.decoded_token: one.logprob for one in all_} for _, all_ in tokens],
-        }
-    text, reason = sample["generated_text"], sample["finish_reason"]
-    return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
-
-
-def _chosen(sample: Record) -> list[tuple[Logprob, list[Logprob]]]:
-    """Each token of the answer, and the candidates that are known."""
-    candidates = cast("list[dict[int, Logprob]]", sample["logprobs"])
-    return [(known[token], list(known.values())) for token, known in zip(sample["generated_tokens"], candidates)]
-
-
-def _token(chosen: Logprob, candidates: list[Logprob]) -> Record:
-    return {**_candidate(chosen), "top_logprobs": [_candidate(one) for one in candidates]}
-
-
-def _candidate(one: Logprob) -> Record:
-    return {"token": one.decoded_token, "logprob": one.logprob, "bytes": list(one.decoded_token.encode())}
+def _choice(url: str, index: int, columns: Record, top: int) -> Record:
+    sample = Completion(
+        index=index,
+        text=columns["generated_text"],
+        token_ids=columns["generated_tokens"],
+        finish_reason=columns["finish_reason"],
+        stop_reason=columns.get("stop_reason"),
+        logprobs=columns.get("logprobs"),
+    )
+    if url == COMPLETIONS:
+        known = sample.logprobs
+        return text_choice(sample, None if known is None else text_logprobs(sample.token_ids, known))
+    calls = [Call(call["id"], **call["function"]) for call in columns.get("tool_calls") or ()]
+    return chat_choice(sample, Message(content=sample.text, calls=calls), top)

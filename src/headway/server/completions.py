@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
-from typing import Any, cast
-
-from headway.errors import RequestError
 from headway.llm.prompts import PromptInput
 from headway.messages import Completion, RequestOutput, SamplingParams
 from headway.server.answers import (
@@ -20,9 +16,8 @@ from headway.server.answers import (
     usage_of,
 )
 from headway.server.endpoint import Answer, Stream
-from headway.server.errors import ApiError
 from headway.server.generation import check, check_end, run, sampling, whole
-from headway.server.protocol import CompletionRequest
+from headway.server.protocol import CompletionRequest, prompts_of
 from headway.server.state import State
 
 
@@ -30,7 +25,7 @@ async def completions(state: State, request: CompletionRequest) -> Answer:
     check(state, request)
     # The engine generates at least one token; where none is asked for, it is not shown.
     params = sampling(request, state.completion_defaults, **({"max_tokens": 1} if _is_echo_alone(request) else {}))
-    prompts = prompts_of(request.prompt)
+    prompts = prompts_of("prompt", request.prompt)
     if request.stream:
         return _stream(state, prompts, params, request)
     outputs = await whole(state, prompts, params, request)
@@ -46,20 +41,8 @@ async def completions(state: State, request: CompletionRequest) -> Answer:
     return encode({**head.record(), "choices": choices, "usage": usage_of(outputs).record()})
 
 
-def prompts_of(given: str | list[int | str | list[int]]) -> list[PromptInput]:
-    if isinstance(given, str):
-        return [PromptInput(text=given)]
-    if not given:
-        raise RequestError("prompt", given, "must be a text, token ids, or a list of at least one of them")
-    if all(isinstance(one, int) for one in given):
-        return [PromptInput(token_ids=cast("list[int]", given))]
-    if any(isinstance(one, int) for one in given):
-        raise ApiError(HTTPStatus.BAD_REQUEST, "prompt: token ids must be a list of their own", param="prompt")
-    return [PromptInput(text=one) if isinstance(one, str) else PromptInput(token_ids=cast(Any, one)) for one in given]
-
-
 def _is_echo_alone(request: CompletionRequest) -> bool:
-    return request.echo and request.max_tokens == 0
+    return bool(request.echo) and request.max_tokens == 0
 
 
 def _clear(sample: Completion) -> None:

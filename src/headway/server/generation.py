@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -72,10 +71,10 @@ async def run(
     streams = [
         state.stats.watch(
             state.llm.generate(
-                replace(prompt, cache_salt=request.cache_salt) if request.cache_salt else prompt,
+                msgspec.structs.replace(prompt, cache_salt=request.cache_salt) if request.cache_salt else prompt,
                 params,
                 priority=request.priority,
-                stream=request.stream,
+                stream=bool(request.stream),
             )
         )
         for prompt in prompts

@@ -11,13 +11,11 @@ from typing import Any, Literal
 
 import msgspec
 
-from headway.llm.prompts import PromptInput
 from headway.messages import PooledOutput, PoolingParams
 from headway.server.answers import Head, Record, encode
 from headway.server.errors import ApiError
+from headway.server.protocol import Input, prompts_of
 from headway.server.state import State
-
-Input = str | list[int | str | list[int]]
 
 
 class Pooled(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -101,20 +99,6 @@ async def rerank(state: State, request: RerankRequest) -> bytes:
         results = [{**one, "document": {"text": request.documents[one["index"]]}} for one in results]
     head = Head("rerank", "list", state.names[0])
     return encode({"id": head.id, "model": head.model, "results": results, "usage": _usage(outputs)})
-
-
-def prompts_of(field: str, given: Input) -> list[PromptInput]:
-    """ApiError on an empty list, and on a mixture of texts, ids and lists of ids."""
-    if isinstance(given, str):
-        return [PromptInput(text=given)]
-    texts, ids = [one for one in given if isinstance(one, str)], [one for one in given if isinstance(one, int)]
-    lists = [one for one in given if isinstance(one, list)]
-    if not given or len(given) not in (len(texts), len(ids), len(lists)):
-        message = f"{field}: must be a text, token ids, a list of texts, or a list of lists of token ids"
-        raise ApiError(HTTPStatus.BAD_REQUEST, message, param=field)
-    if ids:
-        return [PromptInput(token_ids=ids)]
-    return [*(PromptInput(text=text) for text in texts), *(PromptInput(token_ids=one) for one in lists)]
 
 
 def _base64(vector: Sequence[float]) -> str:

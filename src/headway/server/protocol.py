@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 
 from headway.errors import RequestError
+from headway.llm.prompts import PromptInput
 from headway.messages import SamplingParams
 from headway.server.errors import ApiError
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 Messages = list[dict[str, Any]]
 TokenIds = list[int]
+Input = str | list[int | str | TokenIds]
+"""A text, token ids, or a list of either."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -49,14 +52,16 @@ class JsonSchema(msgspec.Struct, kw_only=True):
 class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """json_schema: with type "json_schema"."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Annotated[str, msgspec.Meta(extra_json_schema={"enum": ["text", "json_object", "json_schema"]})]
     json_schema: JsonSchema | None = None
 
     def structured(self) -> dict[str, Any] | None:
+        if self.type not in ("text", "json_object", "json_schema"):
+            raise RequestError("response_format.type", self.type, "must be text, json_object or json_schema")
         if self.type != "json_schema":
             return None if self.type == "text" else {"json": {}}
         if self.json_schema is None:
-            raise RequestError("response_format", self.type, "json_schema, with a schema, is needed")
+            raise RequestError("response_format.json_schema", None, "is needed, with a schema")
         return {"json": self.json_schema.schema}
 
 
@@ -67,7 +72,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """
 
     model: str | None = None
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = None
     temperature: float | None = None
@@ -79,7 +84,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
     response_format: ResponseFormat | None = None
-    store: bool = False
+    store: bool | None = False
 
     top_k: int | None = None
     min_p: float | None = None
@@ -93,7 +98,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int = 0
-    cache_salt: str = ""
+    cache_salt: str | None = None
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -126,7 +131,7 @@ class ChatRequest(Sampling, kw_only=True):
 
     messages: Messages
     max_completion_tokens: int | None = None
-    logprobs: bool = False
+    logprobs: bool | None = False
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -150,8 +155,8 @@ class ChatRequest(Sampling, kw_only=True):
 class CompletionRequest(Sampling, kw_only=True):
     """/v1/completions. prompt: a text, token ids, or a list of either. max_tokens: may be 0 with echo."""
 
-    prompt: str | list[int | str | TokenIds]
-    echo: bool = False
+    prompt: Input
+    echo: bool | None = False
     logprobs: int | None = None
 
     def given(self) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         message = str(error)
-        raise ApiError(HTTPStatus.BAD_REQUEST, message, param=_field(message)) from None
+        raise ApiError(HTTPStatus.BAD_REQUEST, message, param=field_of(message)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None
 
@@ -182,13 +187,26 @@ def converted(field: str, value: Any, kind: type[T]) -> T:
         raise RequestError(field, value, str(error)[:1].lower() + str(error)[1:]) from None
 
 
+def prompts_of(field: str, given: Input) -> list[PromptInput]:
+    """Raises RequestError."""
+    if isinstance(given, str):
+        return [PromptInput(text=given)]
+    ids = [one for one in given if isinstance(one, int)]
+    if not given or len(ids) not in (0, len(given)):
+        raise RequestError(field, given, "must be a text, token ids, or a list of texts and lists of token ids")
+    if ids:
+        return [PromptInput(token_ids=ids)]
+    many = cast("list[str | TokenIds]", given)
+    return [PromptInput(text=one) if isinstance(one, str) else PromptInput(token_ids=one) for one in many]
+
+
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 _MISSING = re.compile(r"missing required field `(.*?)`")
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
 
 
-def _field(message: str) -> str | None:
-    """Of msgspec's message."""
+def field_of(message: str) -> str | None:
+    """The field that a message of msgspec names."""
     path = _PATH.search(message)
     name = _UNKNOWN.search(message) or _MISSING.search(message)
     return ".".join(found.group(1) for found in (path, name) if found and found.group(1)) or None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -200,18 +200,17 @@ class Call:
     arguments: str
 
 
+@dataclass(slots=True)
 class Message:
     """The parts of one answer, joined. reasoning and content: None where there is none."""
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self.reasoning: str | None = None
-        self.content: str | None = None
-        self.calls: list[Call] = []
+    reasoning: str | None = None
+    content: str | None = None
+    calls: list[Call] = field(default_factory=list[Call])
 
     @classmethod
     def read(cls, reader: Reader, text: str) -> Message:
-        message = cls(reader)
+        message = cls()
         for part in [*reader.push(text), *reader.end()]:
             message.add(part)
         return message
