@@ -193,7 +193,7 @@ class Supervisor:
             replica.deaths = 0
         delay = min(FIRST_DELAY_S * 2**replica.deaths, MOST_DELAY_S)
         replica.deaths += 1
-        self._tell(replica, Status(number, None, f"{why}; starts again"))
+        self._tell(replica, Status(number, None, f"{why}; it starts again in {delay:g} s"))
         self._loop.call_later(delay, self._launch, replica)
 
     def _tell(self, replica: _Replica, status: Status) -> None:
