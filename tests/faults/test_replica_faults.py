@@ -233,3 +233,30 @@ async def test_requests_of_a_front_end_that_is_killed_leave_the_engines(settings
         await within(5, lambda: llm.metrics().running == 0)
         assert time.monotonic() - killed < 1  # long before its 400 tokens are out
         assert len(await answer(llm, 3)) == LONG
+
+
+async def test_weights_that_only_the_others_have_keep_a_replica_out(minilm_dir: Path) -> None:
+    from safetensors.torch import load_file
+
+    new = {name: tensor * 0.5 for name, tensor in load_file(minilm_dir / "model.safetensors").items()}
+    async with AsyncLLM(str(minilm_dir), threads=1, data_parallel_size=2) as llm:
+
+        async def vectors() -> list[list[float]]:
+            """Of both replicas: they take turns."""
+            return [(await llm.embed([101, 2000, 102])).data for _ in range(2)]
+
+        old, same = await vectors()
+        assert old == same
+        await llm.update_weights(new)
+        halved, same = await vectors()
+        assert halved == same != old
+        os.kill(llm.executor_info.pids[0], signal.SIGKILL)
+        await within(10, lambda: "the weights that it was started with" in llm.health()[0].why)
+        assert await vectors() == [halved, halved]
+        await llm.update_weights(minilm_dir)
+        assert up(llm) == [True, True]
+        assert await vectors() == [old, old]
+        os.kill(llm.executor_info.pids[1], signal.SIGKILL)
+        await within(2, lambda: up(llm) == [True, False])
+        await within(10, lambda: all(up(llm)))
+        assert await vectors() == [old, old]
