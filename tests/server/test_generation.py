@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import urllib.error
+import urllib.request
+from time import monotonic, sleep
 from typing import Any
 
 import openai
@@ -230,6 +234,31 @@ def test_one_bad_prompt_is_the_requests_error(client: openai.OpenAI) -> None:
         complete(client, prompt=[[1, 2], [10**6]])
 
 
+@pytest.mark.parametrize("prompt", [[], [1, "a"], [1, [2]], [[]], [5] * 100_000, ["a"] * 10_000])
+def test_a_prompt_that_is_none_is_told(client: openai.OpenAI, prompt: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match="prompt") as caught:
+        complete(client, prompt=prompt)
+    assert (caught.value.param or "").startswith("prompt")
+
+
+def running(served: Served) -> int:
+    with urllib.request.urlopen(f"{served.url}/metrics") as answer:
+        metrics = answer.read().decode()
+    return sum(int(float(n)) for n in re.findall(r"num_requests_(?:running|waiting){.*} (\S+)", metrics))
+
+
+def test_a_client_that_leaves_ends_all_of_its_prompts(client: openai.OpenAI, served: Served) -> None:
+    endless: Any = {"ignore_eos": True}
+    stream = complete(client, prompt=["One", "Two"], n=2, max_tokens=4000, stream=True, extra_body=endless)
+    next(iter(stream))
+    assert running(served)
+    stream.close()
+    deadline = monotonic() + 30
+    while running(served):
+        assert monotonic() < deadline
+        sleep(0.01)
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 NEEDLESS = {"type": "function", "function": {"name": "f"}}
@@ -269,6 +298,24 @@ def test_a_field_that_cannot_be_honoured_is_named(
     with pytest.raises(openai.BadRequestError, match=field) as caught:
         ask(client, stream=stream, extra_body={field: value})
     assert (caught.value.param or "").startswith(field)
+
+
+@pytest.mark.parametrize("field", ["messages", "tools", "chat_template_kwargs", "metadata", "structured_outputs"])
+def test_a_body_may_be_nested_however_deeply(served: Served, field: str) -> None:
+    for depth in (*range(940, 1000, 6), 100_000):
+        nested = '{"json":' * depth + "1" + "}" * depth
+        value = {
+            "messages": '[{"role": "user", "content": %s}]',
+            "tools": '[{"type": "function", "function": {"name": "f", "parameters": %s}}]',
+        }.get(field, "%s")
+        rest = "" if field == "messages" else ', "messages": [{"role": "user", "content": "Hi"}]'
+        body = f'{{"max_tokens": 1, "tool_choice": "none", "{field}": {value % nested}{rest}}}'.encode()
+        try:
+            with urllib.request.urlopen(f"{served.url}/v1/chat/completions", body) as answer:
+                assert answer.status == 200
+        except urllib.error.HTTPError as error:
+            assert error.code == 400
+            error.close()
 
 
 def test_stream_options_need_a_stream(client: openai.OpenAI) -> None:

@@ -43,6 +43,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=error.field)
     if isinstance(error, UserError):
         return ApiError(HTTPStatus.BAD_REQUEST, str(error))
+    if isinstance(error, RecursionError):
+        return ApiError(HTTPStatus.BAD_REQUEST, "the body is nested too deeply")
     if isinstance(error, EngineError):
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, f"the engine has failed: {error}", code="engine_dead")
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, f"the server has failed: {type(error).__name__}")

@@ -66,8 +66,7 @@ async def run(
     state: State, prompts: list[PromptInput], params: SamplingParams, request: Sampling
 ) -> AsyncGenerator[Outputs]:
     """The prompts' outputs as they come; samples are numbered through all prompts. Leaving it ends what still runs."""
-    if len(prompts) * params.n > state.most:
-        raise RequestError("n", params.n, f"at most {state.most} samples may run or wait, of all prompts together")
+    _check_size(state, prompts, params.n)
     streams = [
         state.stats.watch(
             state.llm.generate(
@@ -102,6 +101,16 @@ def check_end(sample: Completion) -> None:
         raise RequestError("structured", sample.error, "the model could not follow it to the end")
     if sample.finish_reason == "abort":
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the request was aborted")
+
+
+def _check_size(state: State, prompts: list[PromptInput], n: int) -> None:
+    if len(prompts) * n > state.most:
+        accepted = f"at most {state.most} samples, of all prompts together, may run or wait"
+        raise RequestError("prompt" if len(prompts) > 1 else "n", f"{len(prompts)} prompts, n={n}", accepted)
+    limit = state.llm.config.model.max_model_len
+    longest = max(len(prompt.token_ids or ()) for prompt in prompts)
+    if longest > limit:  # said before anybody looks at each of what may be millions
+        raise RequestError("prompt", f"{longest} tokens", f"max_model_len is {limit}")
 
 
 async def _merged(streams: list[Outputs], n: int) -> Outputs:

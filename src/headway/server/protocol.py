@@ -191,11 +191,11 @@ def prompts_of(field: str, given: Input) -> list[PromptInput]:
     """Raises RequestError."""
     if isinstance(given, str):
         return [PromptInput(text=given)]
-    ids = [one for one in given if isinstance(one, int)]
-    if not given or len(ids) not in (0, len(given)):
+    kinds = set(map(type, given))
+    if not given or (int in kinds and len(kinds) > 1):
         raise RequestError(field, given, "must be a text, token ids, or a list of texts and lists of token ids")
-    if ids:
-        return [PromptInput(token_ids=ids)]
+    if int in kinds:
+        return [PromptInput(token_ids=cast(TokenIds, given))]
     many = cast("list[str | TokenIds]", given)
     return [PromptInput(text=one) if isinstance(one, str) else PromptInput(token_ids=one) for one in many]
 
