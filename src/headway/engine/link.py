@@ -89,20 +89,35 @@ class Listener:
 
 
 class Dialer:
-    """A client's end, on the event loop ``loop``. take: is called there with each message."""
+    """A client's end, on the event loop ``loop``. take: is called there with each message. lost: when the connection
+    was, after which the other end does not know this one any more."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, address: Address, take: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        address: Address,
+        take: Callable[[bytes], None],
+        lost: Callable[[], None],
+    ) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
+        ends = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+        def heard() -> None:
+            ends.recv_multipart()
+            lost()
+
         connect(self._socket, address)
-        self._watch = _Watch(loop, self._socket, lambda: take(self._socket.recv()))
+        self._watches = [_Watch(loop, self._socket, lambda: take(self._socket.recv())), _Watch(loop, ends, heard)]
 
     def send(self, message: bytes) -> None:
         self._socket.send(message, zmq.NOBLOCK)
-        self._watch.look_again()
+        self._watches[0].look_again()
 
     def close(self) -> None:
         """What was not sent yet is dropped."""
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._watch.close()
+        self._socket.disable_monitor()
+        for watch in self._watches:
+            watch.close()
         self._context.term()

@@ -31,7 +31,10 @@ class Sent:
 
 
 class RemoteEngine:
-    """arrived: called with what a step gave. died: once, if the engine says that it ends."""
+    """arrived: called with what a step gave. died: if the engine says that it ends. lost: if the connection to it was.
+
+    greeted: is set once it has answered.
+    """
 
     def __init__(
         self,
@@ -40,14 +43,17 @@ class RemoteEngine:
         address: Address,
         arrived: Callable[[list[tuple[Sent, Item]]], None],
         died: Callable[[RemoteEngine, str], None],
+        lost: Callable[[RemoteEngine], None],
     ) -> None:
-        self.replica, self.metrics = replica, EngineMetrics()
+        self.replica, self.address, self.metrics = replica, address, EngineMetrics()
+        self.greeted = asyncio.Event()
         self._loop, self._arrived, self._died = loop, arrived, died
         self._ids = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
         self._sent: dict[str, Sent] = {}
         self._submitted = self._taken = 0
         self._actions: dict[int, asyncio.Future[None]] = {}
-        self._dialer = Dialer(loop, address, self._take)
+        self._closed = ""  # why
+        self._dialer = Dialer(loop, address, self._take, lambda: lost(self))
         self._dialer.send(encode(Hello()))
 
     @property
@@ -74,6 +80,8 @@ class RemoteEngine:
 
     async def act(self, method: Method, *args: int | str) -> None:
         """Raises what it raises there."""
+        if self._closed:
+            raise EngineDead(f"replica {self.replica}: {self._closed}")
         number, done = len(self._actions), self._loop.create_future()
         self._actions[number] = done
         self._dialer.send(encode(Action(number, method, list(args))))
@@ -82,6 +90,8 @@ class RemoteEngine:
     def close(self, why: str) -> list[Sent]:
         """What is without an answer."""
         self._dialer.close()
+        self._closed = why
+        self.greeted.set()  # who waits for that finds it closed
         for done in self._actions.values():
             if not done.done():
                 done.set_exception(EngineDead(f"replica {self.replica}: {why}"))
@@ -103,6 +113,7 @@ class RemoteEngine:
 
     def _news(self, news: News) -> None:
         self.metrics, self._taken = news.metrics, news.taken
+        self.greeted.set()
         items: list[tuple[Sent, Item]] = []
         for output in news.outputs:
             sent = self._sent.get(output.request_id)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from headway.engine.metrics import EngineMetrics
 from headway.engine.port import EngineClient, Health, Item, Stream, send
 from headway.engine.remote import RemoteEngine, Sent
-from headway.engine.replay import GONE, Replay
+from headway.engine.replay import GONE, Act, Replay
 from headway.engine.routing import Router
 from headway.engine.upkeep import as_file
 from headway.engine.wire import Method, Status, decode_status
 from headway.errors import EngineDead, EngineError, HeadwayError, RequestError
+from headway.executor.channel.wire import Address
 
 if TYPE_CHECKING:
     from headway.engine.upkeep import Weights
@@ -216,19 +217,26 @@ class Replicas(EngineClient):
             if status.final:
                 self._end(EngineDead(f"replica {status.replica}: {status.why}"))
             return
-        remote = RemoteEngine(self._loop, status.replica, status.address, self._arrived, self._died)
-        self._coming[status.replica] = remote
+        remote = self._dial(status.replica, status.address, [])
         if not self._replay.acts:
             self._admit(remote)
-            return
-        task = self._loop.create_task(self._catch_up(remote))
+
+    def _dial(self, replica: int, address: Address, done: list[Act]) -> RemoteEngine:
+        """done: what it knows of that the others did."""
+        remote = RemoteEngine(self._loop, replica, address, self._arrived, self._died, self._lost)
+        self._coming[replica] = remote
+        task = self._loop.create_task(self._catch_up(remote, done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return remote
 
-    async def _catch_up(self, remote: RemoteEngine) -> None:
-        why = "" if self._replay.fit else "it has the weights that it was started with: update_weights() first"
+    async def _catch_up(self, remote: RemoteEngine, done: list[Act]) -> None:
+        await remote.greeted.wait()
+        acts, why = [] if self._replay.acts == done else self._replay.acts, ""
+        if acts and not self._replay.fit:
+            acts, why = [], "it has the weights that it was started with: update_weights() first"
         try:
-            for method, args in self._replay.acts if not why else ():
+            for method, args in acts:
                 await remote.act(method, *args)
         except HeadwayError as error:
             why = f"it could not be brought to where the others are: {error}"
@@ -246,6 +254,12 @@ class Replicas(EngineClient):
     def _died(self, remote: RemoteEngine, why: str) -> None:
         if remote in (self._up.get(remote.replica), self._coming.get(remote.replica)):
             self._lose(remote.replica, why)
+
+    def _lost(self, remote: RemoteEngine) -> None:
+        """Not so on one node: there that means its end, of which the supervisor tells more."""
+        if remote.address.endpoint.startswith("tcp:") and self._up.get(remote.replica) is remote:
+            self._lose(remote.replica, "the connection was lost")
+            self._dial(remote.replica, remote.address, self._replay.acts)
 
     def _lose(self, replica: int, why: str) -> None:
         """Requests that gave nothing yet go to another one."""

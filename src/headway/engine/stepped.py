@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ class Stepped:
         self._items: SimpleQueue[tuple[str, Item]] = SimpleQueue()
         self._entering: list[Request] = []
         self._running: dict[str, Stream] = {}
-        self._close = weakref.finalize(self, engine.close)
+        self._close = weakref.finalize(self, _drop, engine)
 
     @property
     def upkeep(self) -> Stepped:
@@ -90,6 +91,14 @@ class Stepped:
 
     def _put(self, name: str, item: Item) -> None:
         self._items.put((name, item))
+
+
+def _drop(engine: EngineClient) -> None:
+    """What is garbage may be found on any thread, also on one that is to be waited for."""
+    if threading.current_thread().daemon:  # those are
+        threading.Thread(target=engine.close, name="headway-drop").start()
+    else:
+        engine.close()
 
 
 def _wait_for(work: Coroutine[Any, Any, None]) -> None:
