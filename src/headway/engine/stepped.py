@@ -30,7 +30,7 @@ class Stepped:
         self._items: SimpleQueue[tuple[str, Item]] = SimpleQueue()
         self._entering: list[Request] = []
         self._running: dict[str, Stream] = {}
-        self._close = weakref.finalize(self, _drop, engine)
+        self._finalizer = weakref.finalize(self, _drop, engine)
 
     @property
     def upkeep(self) -> Stepped:
@@ -80,7 +80,8 @@ class Stepped:
         return self._engine.metrics()
 
     def close(self) -> None:
-        self._close()
+        self._finalizer.detach()
+        self._engine.close()
 
     def _enter(self) -> None:
         if self._entering:
