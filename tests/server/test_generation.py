@@ -162,6 +162,16 @@ def test_each_kind_of_constraint_holds(client: openai.OpenAI, constraint: dict[s
     assert complete(client, prompt="Hi", extra_body=body, max_tokens=16).choices[0].text == said
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_be_finished_is_an_error(
+    client: openai.OpenAI, tokenizer: Tokenizer, stream: bool
+) -> None:
+    (a,) = tokenizer.encode("a")  # every one of them may be the one that counts: the states double with each
+    body = {"structured_outputs": {"regex": "(.*a.{400}){3}"}, "logit_bias": {str(a): 100}}
+    with pytest.raises(openai.APIError, match="structured_outputs"):
+        list(ask(client, extra_body=body, max_tokens=400, stream=stream))
+
+
 # Completions ----------------------------------------------------------------------------------------------------------
 
 

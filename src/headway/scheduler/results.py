@@ -71,7 +71,7 @@ class Results:
             for slot in slots.tolist():
                 if slot in result.logprobs:
                     self._slots.occupant(slot).logprobs.append(result.logprobs[slot])
-        refused = self._refused(slots[~ended], tokens[~ended], flight.masked) if flight.masked else ()
+        refused = self._refused(slots, tokens, flight.masked) if flight.masked else ()
         report = ended | self._slots.stream[slots]
         if refused:
             report |= np.isin(slots, refused)
