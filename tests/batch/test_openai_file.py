@@ -46,7 +46,10 @@ def test_a_chat_request_is_messages_and_sampling_params() -> None:
 
 
 def test_other_requests_are_prompts() -> None:
-    assert column(request(TEXT, {"prompt": "p", "logprobs": 1})) == {"prompt": "p", "sampling_params": {"logprobs": 1}}
+    assert column(request(TEXT, {"prompt": "p", "logprobs": 1, "best_of": 1})) == {
+        "prompt": "p",
+        "sampling_params": {"logprobs": 1},
+    }
     assert column(request(TEXT, {"prompt": [1, 2]})) == {"tokenized_prompt": [1, 2], "sampling_params": {}}
     embedding = column(request(EMBED, {"input": "i", "dimensions": 8, "encoding_format": "float"}), "embed")
     assert embedding == {"prompt": "i", "pooling_params": {"dimensions": 8}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 
@@ -158,6 +158,7 @@ class CompletionRequest(Sampling, kw_only=True):
     prompt: Input
     echo: bool | None = False
     logprobs: int | None = None
+    best_of: Literal[1] | None = None
 
     def given(self) -> dict[str, Any]:
         given = Sampling.given(self)
