@@ -69,8 +69,8 @@ class Head:
     def __post_init__(self) -> None:
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
 
-    def record(self, object_: str | None = None) -> Record:
-        return {"id": self.id, "object": object_ or self.object, "created": self.created, "model": self.model}
+    def record(self) -> Record:
+        return {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
 
 
 class Chunks:

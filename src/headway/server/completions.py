@@ -58,7 +58,6 @@ async def _stream(
     is_bare = params.logprobs is None and not chunks.continuous
     choices: dict[int, _Choice] = {}
     around: dict[int, tuple[bytes, bytes]] = {}
-    seen: set[int] = set()
     echo_alone = _is_echo_alone(request)
     async with run(state, prompts, params, request) as outputs:
         async for output in outputs:
@@ -77,8 +76,7 @@ async def _stream(
                     if is_bare:
                         plain = Completion(index=sample.index, text=TEXT, token_ids=[])
                         around[sample.index] = chunks.around(text_choice(plain, None))
-                    if sample.index // params.n not in seen:
-                        seen.add(sample.index // params.n)
+                    if sample.index % params.n == 0:
                         usage.add_prompt(output)
                 yield chunks.event(choices[sample.index].feed(output, sample))
     yield chunks.end()

@@ -110,7 +110,10 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """What it says of SamplingParams, under the names there; ``structured`` as a dict. Raises RequestError."""
         given: dict[str, Any] = {name: v for name in _SAMPLING if (v := getattr(self, name)) is not None}
         if self.logit_bias is not None:
-            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+            try:
+                given["logit_bias"] = {int(key): bias for key, bias in self.logit_bias.items()}
+            except ValueError:
+                raise RequestError("logit_bias", self.logit_bias, "its keys must be token ids") from None
         structured = self.response_format and self.response_format.structured()
         if self.structured_outputs is not None:
             if structured is not None:
@@ -211,10 +214,3 @@ def field_of(message: str) -> str | None:
     path = _PATH.search(message)
     name = _UNKNOWN.search(message) or _MISSING.search(message)
     return ".".join(found.group(1) for found in (path, name) if found and found.group(1)) or None
-
-
-def _token_id(key: str) -> int:
-    try:
-        return int(key)
-    except ValueError:
-        raise RequestError(f"logit_bias[{key}]", key, "must be a token id") from None

@@ -177,7 +177,8 @@ async def _stream(state: State, turn: Turn, request: ResponsesRequest, chat: Cha
                 news: list[bytes] = []
                 if not usage.prompt:
                     usage.add_prompt(result)
-                    news.append(told({"type": f"response.{name}", "response": head.record()} for name in _FIRST))
+                    kinds, begun = ("response.created", "response.in_progress"), head.record()
+                    news.append(told({"type": kind, "response": begun} for kind in kinds))
                 token_ids += sample.token_ids
                 reason = sample.finish_reason
                 parts = reader.push(sample.text) + (reader.end() if reason is not None else [])
@@ -188,9 +189,6 @@ async def _stream(state: State, turn: Turn, request: ResponsesRequest, chat: Cha
     usage.completion, usage.reasoning = len(token_ids), _reasoning_tokens(state, output, token_ids)
     record = head.record(reason, output.items, usage)
     yield last + told([{"type": f"response.{record['status']}", "response": record}])
-
-
-_FIRST = ("created", "in_progress")
 
 
 def _event(record: Record) -> bytes:

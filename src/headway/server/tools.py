@@ -33,13 +33,9 @@ class Tool(msgspec.Struct):
     function: Function
 
 
-class FunctionName(msgspec.Struct):
-    name: str
-
-
 class Named(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["function"]
-    function: FunctionName
+    function: Function
 
 
 @dataclass(frozen=True, slots=True)
