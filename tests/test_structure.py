@@ -24,7 +24,7 @@ ENGINE = [
     "llm",
 ]
 ENGINE_LINES = 20_000
-ALL_LINES = 29_100  # a ratchet: lowered when the code shrinks, raised only on purpose, for a new capability
+ALL_LINES = 30_600  # a ratchet: lowered when the code shrinks, raised only on purpose, for a new capability (serving)
 
 
 def test_a_room_imports_only_from_the_rooms_below_it() -> None:

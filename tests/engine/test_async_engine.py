@@ -202,12 +202,30 @@ def constrained(name: str, regex: str = "x") -> Request:
     return make_request(name, structured=StructuredOutput(regex=regex))
 
 
+def test_outputs_that_wait_for_a_slow_caller_are_one() -> None:
+    request = make_request("slow", 20)
+
+    async def scenario(engine: AsyncEngine) -> None:
+        whole = [token for output in await collect(engine, request) for token in output.token_ids]
+        outputs = engine.generate(request)
+        first = await anext(outputs)
+        while engine.metrics().running:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # what was sent before is put now
+        (rest,) = [output async for output in outputs]
+        assert first.token_ids + rest.token_ids == whole
+        assert rest.finish_reason == "length"
+
+    with running() as engine:
+        asyncio.run(scenario(engine))
+
+
 def test_a_grammar_that_compiles_holds_nobody_up() -> None:
     grammar = SlowGrammar()
 
     async def scenario(engine: AsyncEngine) -> None:
         slow, bad = (asyncio.create_task(collect(engine, constrained(n, n))) for n in ("slow", "bad"))
-        assert len(await collect(engine, make_request("quick", 20))) == 20
+        assert sum(len(o.token_ids) for o in await collect(engine, make_request("quick", 20))) == 20
         with pytest.raises(RequestError, match="in use"):
             await collect(engine, constrained("slow"))
         grammar.let.set()
@@ -230,7 +248,7 @@ def test_a_request_whose_grammar_compiles_can_be_aborted() -> None:
         left.cancel()
         await asyncio.gather(left, return_exceptions=True)
         grammar.let.set()
-        assert len(await collect(engine, constrained("left"))) == 4
+        assert sum(len(o.token_ids) for o in await collect(engine, constrained("left"))) == 4
         assert engine.metrics().generated_tokens == 4
 
     with running(grammar=grammar) as engine:

@@ -49,24 +49,22 @@ class EngineClient(ABC):
         self.ended.set_running_or_notify_cancel()  # who no longer waits for it does not cancel it
 
     async def generate(self, *requests: Request) -> AsyncGenerator[EngineOutput, None]:
-        """The requests' outputs in the order the engine gives them, until each has one with a finish_reason.
+        """The requests' outputs as the engine gives them, until each has one with a finish_reason.
+
+        What has come of a request since its last output is one: who is slow gets tokens together.
 
         Closing the iterator early aborts what still runs. Raises RequestError for a bad request, and what ended the
         engine if it fails.
         """
-        loop, items = asyncio.get_running_loop(), asyncio.Queue[Item]()
-        running = {
-            request.request_id: Stream(request, loop, lambda _, item: items.put_nowait(item)) for request in requests
-        }
+        loop, inbox = asyncio.get_running_loop(), _Inbox()
+        running = {request.request_id: Stream(request, loop, inbox.put) for request in requests}
         try:
             self.enter(list(running.values()))
             while running:
-                item = await items.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item.finish_reason is not None:
-                    del running[item.request_id]
-                yield item
+                for output in await inbox.take():
+                    if output.finish_reason is not None:
+                        del running[output.request_id]
+                    yield output
         finally:
             if running:
                 self.leave(list(running.values()))
@@ -110,6 +108,45 @@ class EngineClient(ABC):
     @abstractmethod
     def close(self, timeout: float = 5.0) -> None:
         """Idempotent. Whoever still waits gets EngineDead."""
+
+
+class _Inbox:
+    """What the caller of generate() has not taken yet."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, EngineOutput] = {}
+        self._error: BaseException | None = None
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, request_id: str, item: Item) -> None:
+        if isinstance(item, BaseException):
+            self._error = item
+        else:
+            before = self._outputs.get(request_id)
+            self._outputs[request_id] = item if before is None else _joined(before, item)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    async def take(self) -> Iterable[EngineOutput]:
+        """Of each request one; waits for any. Raises what came after them."""
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        outputs, self._outputs = self._outputs, {}
+        return outputs.values()
+
+
+def _joined(first: EngineOutput, then: EngineOutput) -> EngineOutput:
+    """Of one request."""
+    return msgspec.structs.replace(
+        then,
+        token_ids=first.token_ids + then.token_ids,
+        logprobs=then.logprobs if first.logprobs is None else first.logprobs + (then.logprobs or []),
+        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
+        num_cached_tokens=max(first.num_cached_tokens, then.num_cached_tokens),
+    )
 
 
 def send(items: list[tuple[Stream, Item]]) -> list[Stream]:

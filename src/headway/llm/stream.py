@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -59,11 +59,19 @@ class PromptStream(Generic[K]):
             for request in requests:
                 self._take(request.request_id, error)
 
+    def drop(self, keys: Container[K]) -> None:
+        """Ends what still runs of them; nobody hears of it."""
+        self._end([name for name, entry in self._running.items() if entry.key in keys])
+
     def close(self) -> None:
         """Ends what still runs; nobody hears of it."""
-        running, self._running = list(self._running), {}
+        self._end(list(self._running))
+
+    def _end(self, names: list[str]) -> None:
+        for name in names:
+            del self._running[name]
         with suppress(HeadwayError):  # it is dead
-            self._engine.abort(running)
+            self._engine.abort(names)
 
     def _take(self, request_id: str, item: Item) -> None:
         entry = self._running.get(request_id)
