@@ -158,6 +158,19 @@ def test_only_one_prompt_a_step_is_cut() -> None:
     assert driver.step() == {"a": 1, "b": 36, "c": 27}
 
 
+@pytest.mark.parametrize(("decodes", "share"), [(0, 1000), (3, 64), (100, 100)])
+def test_for_latency_a_prompt_gets_no_more_of_a_step_than_those_who_stream(decodes: int, share: int) -> None:
+    driver = Driver(make_config(optimize_for="latency"))
+    for i in range(decodes):
+        driver.scheduler.add(make_request(f"d{i}", 8))
+    while len(driver.runs[0] if driver.runs else ()) < decodes:
+        driver.step()
+    driver.scheduler.add(make_request("long", 1000))
+    runs = driver.step()
+    assert len(runs) == decodes + 1
+    assert runs["long"] == share
+
+
 def test_without_chunked_prefill_prompts_wait_until_they_fit_whole() -> None:
     driver = Driver(make_config(max_num_batched_tokens=64, enable_chunked_prefill=False))
     for name, size in (("a", 40), ("b", 50), ("c", 5)):

@@ -46,6 +46,9 @@ class EngineArgs:
     max_num_seqs: int | None = setting(text="requests that run at a time", low=1)
     max_num_batched_tokens: int | None = setting(text="tokens a step", low=1)
     enable_chunked_prefill: bool | None = setting(text="cut long prompts into pieces that share steps with decodes")
+    optimize_for: Literal["throughput", "latency"] | None = setting(
+        text="latency: prompts make a step at most about twice as long for those whose answers run (servers' default)"
+    )
     scheduling_policy: Literal["fcfs", "priority"] | None = setting(text="order of waiting requests")
     async_scheduling: bool | None = setting(text="plan the next step while the current one runs")
 

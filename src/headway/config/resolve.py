@@ -266,6 +266,9 @@ def _scheduler(choices: Choices, facts: ModelFacts, max_model_len: int) -> Sched
         max_num_batched_tokens=tokens,
         policy=choices.pick("scheduling_policy", args.scheduling_policy, "fcfs", "first come, first served is fair"),
         enable_chunked_prefill=chunked,
+        optimize_for=choices.pick(
+            "optimize_for", args.optimize_for, "throughput", "nobody watches the answers of a job come"
+        ),
         depth=1 if choices.pick("async_scheduling", args.async_scheduling, True, overlap) else 0,
     )
 

@@ -45,13 +45,17 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """depth 1 is async scheduling: step N+1 is planned and submitted while N runs."""
+    """depth 1 is async scheduling: step N+1 is planned and submitted while N runs.
+
+    optimize_for: "latency" bounds what prompts add to a step that others wait for: see Scheduler.
+    """
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     policy: Literal["fcfs", "priority"] = "fcfs"
     enable_chunked_prefill: bool = True
     depth: Literal[0, 1] = 1
+    optimize_for: Literal["throughput", "latency"] = "throughput"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

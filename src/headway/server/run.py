@@ -11,7 +11,7 @@ import ssl
 import sys
 from collections.abc import Coroutine, Generator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import uvicorn
@@ -30,6 +30,8 @@ CLOSE_S = 1
 
 def run(options: ServeOptions, args: EngineArgs) -> int:
     """Exit status 0 after SIGTERM or Ctrl-C, 1 if the engine has failed."""
+    if args.optimize_for is None:
+        args = replace(args, optimize_for="latency")
     with _listening(options) as listener:
         llm = AsyncLLM(**asdict(args))
         try:
