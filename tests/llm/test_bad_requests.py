@@ -12,7 +12,7 @@ import pytest
 from headway import LLM, AsyncLLM, PoolingParams, SamplingParams, StructuredOutput
 from headway.errors import ConfigError, ModelError, RequestError
 from headway.llm import PromptInput
-from headway.llm.frontend import start
+from headway.llm.frontend import find, start
 
 PROMPT = "The capital of France is"
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -103,7 +103,7 @@ def test_pooling_and_generating_share_a_step(llm: LLM, expected: list[int]) -> N
 
 
 async def test_bad_requests_cost_running_neighbours_nothing(llm: LLM, expected: list[int]) -> None:
-    async with AsyncLLM.over(*start("smollm2-135m-instruct", max_model_len=256, max_num_seqs=8)) as engine:
+    async with AsyncLLM.over(*start(find("smollm2-135m-instruct", max_model_len=256, max_num_seqs=8))) as engine:
 
         async def whole(prompt: Any, params: Any, **options: Any) -> list[int]:
             return [t async for d in engine.generate(prompt, params, **options) for t in d.outputs[0].token_ids]

@@ -106,8 +106,8 @@ class AsyncEngine(EngineClient):
     def abort(self, request_ids: list[str]) -> None:
         self._post(_Abort(request_ids))
 
-    def metrics(self) -> EngineMetrics:
-        return self._core.metrics()
+    def replica_metrics(self) -> list[EngineMetrics]:
+        return [self._core.metrics()]
 
     def health(self) -> list[Health]:
         return [Health(0, self._dead is None, "" if self._dead is None else str(self._dead))]

@@ -98,9 +98,13 @@ class EngineClient(ABC):
     @abstractmethod
     async def wake_up(self) -> None: ...
 
-    @abstractmethod
     def metrics(self) -> EngineMetrics:
         """Of all replicas."""
+        return sum(self.replica_metrics(), EngineMetrics())
+
+    @abstractmethod
+    def replica_metrics(self) -> list[EngineMetrics]:
+        """Of each, with what it counted before it died."""
 
     @abstractmethod
     def health(self) -> list[Health]: ...

@@ -45,7 +45,7 @@ class Replicas(EngineClient):
         self._up: dict[int, RemoteEngine] = {}
         self._why = ["it has not started yet"] * count
         self._requests: dict[str, Sent] = {}
-        self._past = EngineMetrics()  # of replicas that are no more
+        self._past = [EngineMetrics()] * count  # of processes that are no more
         self._coming: dict[int, RemoteEngine] = {}  # not like the others yet
         self._replay = Replay()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,8 +99,9 @@ class Replicas(EngineClient):
     async def wake_up(self) -> None:
         await self._on_loop(self._act("wake_up"))
 
-    def metrics(self) -> EngineMetrics:
-        return sum((remote.metrics for remote in list(self._up.values())), self._past)
+    def replica_metrics(self) -> list[EngineMetrics]:
+        up = self._up.copy()
+        return [past + up[replica].metrics if replica in up else past for replica, past in enumerate(self._past)]
 
     def health(self) -> list[Health]:
         return [Health(replica, not why, why) for replica, why in enumerate(self._why)]
@@ -268,7 +269,7 @@ class Replicas(EngineClient):
         if remote is None:
             return
         last = remote.metrics
-        self._past += EngineMetrics(**{name: getattr(last, name) for name in _COUNTERS}, times=last.times)
+        self._past[replica] += EngineMetrics(**{name: getattr(last, name) for name in _COUNTERS}, times=last.times)
         self._router.forget(replica)
         left = remote.close(why)
         again = [s for s in left if not s.started and s.tries < TRIES and s.stream.request.data_parallel_rank is None]
@@ -286,7 +287,7 @@ class Replicas(EngineClient):
         for replica, remote in [*self._up.items(), *self._coming.items()]:
             remote.close(str(error))
             self._why[replica] = str(error)
-        self._past = self.metrics()
+        self._past = self.replica_metrics()
         self._up, self._coming = {}, {}
         self._arrived([(sent, error) for sent in self._requests.values()])
 

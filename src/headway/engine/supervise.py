@@ -28,7 +28,25 @@ OnDeath = Literal["restart", "exit"]
 
 FIRST_DELAY_S, MOST_DELAY_S = 1.0, 30.0
 STEADY_S = 60.0
-"""A replica that ran this long starts again as soon as one that never died."""
+"""What ran this long starts again as soon as what never died."""
+
+
+class Backoff:
+    """How long to wait before something that ended starts again."""
+
+    def __init__(self) -> None:
+        self._deaths = 0  # in a row, each soon after a start
+        self.started()
+
+    def started(self) -> None:
+        self._started = time.monotonic()
+
+    def next(self) -> float:
+        """It has ended: the delay in seconds."""
+        if time.monotonic() - self._started > STEADY_S:
+            self._deaths = 0
+        self._deaths += 1
+        return min(FIRST_DELAY_S * 2 ** (self._deaths - 1), MOST_DELAY_S)
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -77,14 +95,13 @@ async def _cancel_all() -> None:
 
 
 class _Replica:
-    """ready: its first start. started: when, on the monotonic clock. deaths: in a row, each soon after a start."""
+    """ready: its first start."""
 
     def __init__(self, ticket: EngineTicket) -> None:
         self.ticket = ticket
         self.status = Status(ticket.replica, None, "it has not started yet")
         self.ready: Future[Ready] = Future()
-        self.started = 0.0
-        self.deaths = 0
+        self.backoff = Backoff()
 
 
 class Supervisor:
@@ -163,7 +180,7 @@ class Supervisor:
     def _launch(self, replica: _Replica) -> None:
         if self._closing:
             return
-        replica.started = time.monotonic()
+        replica.backoff.started()
 
         def tell(event: Ready | Ended) -> None:
             with suppress(RuntimeError):  # the supervisor has ended
@@ -189,10 +206,7 @@ class Supervisor:
         if self._on_death == "exit":
             self._tell(replica, Status(number, None, why, final=True))
             return
-        if time.monotonic() - replica.started > STEADY_S:
-            replica.deaths = 0
-        delay = min(FIRST_DELAY_S * 2**replica.deaths, MOST_DELAY_S)
-        replica.deaths += 1
+        delay = replica.backoff.next()
         self._tell(replica, Status(number, None, f"{why}; it starts again in {delay:g} s"))
         self._loop.call_later(delay, self._launch, replica)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from headway.llm.frontend import Frontend, start
+from headway.llm.frontend import Frontend
 from headway.llm.llm import LLM
 from headway.llm.prompts import Prompt, PromptInput
 
 if TYPE_CHECKING:
     from headway.llm.async_llm import AsyncLLM
 
-__all__ = ["LLM", "AsyncLLM", "Frontend", "Prompt", "PromptInput", "start"]
+__all__ = ["LLM", "AsyncLLM", "Frontend", "Prompt", "PromptInput"]
 
 
 def __getattr__(name: str) -> object:

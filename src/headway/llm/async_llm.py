@@ -9,7 +9,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from headway.engine import AsyncEngine, EngineCore
+from headway.engine import AsyncEngine, EngineCore, EngineMetrics
 from headway.engine.port import EngineClient, Health
 from headway.errors import RequestError
 from headway.llm.chat import Message
@@ -131,6 +131,10 @@ class AsyncLLM(Client[EngineClient]):
     async def wake_up(self) -> None:
         """As LLM.wake_up."""
         await self._engine.wake_up()
+
+    def replica_metrics(self) -> list[EngineMetrics]:
+        """metrics() of each replica, with what it counted before it died."""
+        return self._engine.replica_metrics()
 
     def health(self) -> list[Health]:
         """Of each replica."""

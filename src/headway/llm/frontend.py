@@ -26,6 +26,7 @@ from headway.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from headway.engine.port import EngineClient
+    from headway.engine.supervise import OnDeath
 
 C = TypeVar("C", bound="Client[Any]")
 E = TypeVar("E", bound="Measured")
@@ -85,13 +86,12 @@ def find(model: str, **engine_args: Any) -> Resolved:
     return Resolved(facts, config, default_sampling(path), str(tokenizer))
 
 
-def start(model: str, **engine_args: Any) -> tuple[Frontend, EngineCore | EngineClient]:
-    """As find(), and loads the model, in this process or replicas of it in others."""
-    found = find(model, **engine_args)
+def start(found: Resolved, on_death: OnDeath = "restart") -> tuple[Frontend, EngineCore | EngineClient]:
+    """Loads the model, in this process or replicas of it in others. on_death: what the death of a replica means."""
     if found.config.parallel.data_parallel_size > 1:
         from headway.llm.replicas import start_replicas
 
-        return start_replicas(found)
+        return start_replicas(found, on_death)
     core, tokenizer, grammar = load(found.config, found.facts, found.tokenizer)
     logging.getLogger("headway").info("%s: %s", core.config.model.served_model_name, core.info)
     return Frontend.over(core.config, core.info, found.facts, tokenizer, grammar, found.sampling), core
@@ -105,7 +105,7 @@ class Client(Generic[E]):
 
     def __init__(self, model: str, **engine_args: Any) -> None:
         """model: a known name, a Hugging Face directory or hub id, or a .gguf file; engine_args: see EngineArgs."""
-        self._attach(*start(model, **engine_args))
+        self._attach(*start(find(model, **engine_args)))
 
     @classmethod
     def over(cls: type[C], frontend: Frontend, engine: EngineCore | EngineClient) -> C:

@@ -58,11 +58,11 @@ def start_engines(found: Resolved, on_death: OnDeath = "restart") -> tuple[Super
     return supervisor, Seat(replace(found, config=config), msgspec.structs.replace(least.info, pids=pids))
 
 
-def start_replicas(found: Resolved) -> tuple[Frontend, Replicas]:
+def start_replicas(found: Resolved, on_death: OnDeath = "restart") -> tuple[Frontend, Replicas]:
     """For callers in this process. The tokenizer is read while the models load."""
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_tokenizer, found.config, found.facts, found.tokenizer)
-        supervisor, seat = start_engines(found)
+        supervisor, seat = start_engines(found, on_death)
     try:
         tokenizer, grammar = reading.result()
     except BaseException:

@@ -58,13 +58,19 @@ def make_app(state: State) -> ASGIApp:
         return _json({"object": "list", "data": [_model(state, name, started) for name in state.names]})
 
     async def health(_: Request) -> Response:
-        return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE if state.draining else HTTPStatus.OK)
+        replicas = state.llm.health()
+        up = any(replica.up for replica in replicas)
+        status = "draining" if state.draining else "up" if up else "down"
+        code = HTTPStatus.OK if status == "up" else HTTPStatus.SERVICE_UNAVAILABLE
+        return _json({"status": status, "replicas": replicas}, code)
 
     async def version(_: Request) -> Response:
         return _json({"version": __version__})
 
     async def metrics(_: Request) -> Response:
-        text = exposition(state.names[0], state.llm.metrics(), state.stats)
+        if state.looks:
+            state.board.look(state.llm)
+        text = exposition(state.names[0], state.board, state.stats)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(_: Request) -> Response:
@@ -109,8 +115,8 @@ def _model(state: State, name: str, created: int) -> dict[str, object]:
     return {"id": name, "object": "model", "created": created, "owned_by": "headway", "max_model_len": length}
 
 
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 async def _error(request: Request, error: Exception) -> Response:

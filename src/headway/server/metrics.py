@@ -1,7 +1,6 @@
 """Prometheus metrics, under the names that dashboards of other engines have, after ``headway:``.
 
-What front ends see of requests is one array of numbers a process. With several of them each array is a file in a
-directory that they share, and whichever is asked adds them up: a scrape reaches one process, and means all.
+A scrape reaches one process and means all of them, so they share their numbers: see Board.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from time import perf_counter
 from typing import get_args
 
@@ -21,6 +19,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from headway.engine import EngineMetrics
+from headway.engine.port import EngineClient
+from headway.llm import AsyncLLM
 from headway.messages import RequestOutput
 from headway.messages.outputs import FinishReason
 
@@ -57,16 +57,82 @@ GENERATED = _Histogram("headway:request_generation_tokens", "Generated tokens of
 _HISTOGRAMS = (TTFT, ITL, E2E, PROMPT, GENERATED)
 _SIZE = sum(h.size for h in _HISTOGRAMS) + len(_REASONS)
 
+_Table = dict[str, tuple[str, Callable[[EngineMetrics], float]]]
+_GAUGES: _Table = {
+    "headway:num_requests_running": ("Requests in the batch.", lambda m: m.running),
+    "headway:num_requests_waiting": ("Requests that wait for a place in the batch.", lambda m: m.waiting),
+    "headway:kv_cache_usage_perc": ("KV cache in use; 1 is full.", lambda m: m.blocks_used / (m.blocks_total or 1)),
+}
+_COUNTERS: _Table = {
+    "headway:prompt_tokens": ("Prompt tokens of admitted requests.", lambda m: m.prompt_tokens),
+    "headway:generation_tokens": ("Tokens generated.", lambda m: m.generated_tokens),
+    "headway:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda m: m.prompt_tokens),
+    "headway:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda m: m.prefix_hit_tokens),
+    "headway:num_preemptions": ("Requests that lost their KV cache to others.", lambda m: m.preemptions),
+}
+_ENGINE = [read for _, read in (*_GAUGES.values(), *_COUNTERS.values())]
+
+
+class Board:
+    """A row of numbers for each front end of a server and for each of its engines.
+
+    One process writes each row, and all read them. What a front end counted stays when it has ended.
+    """
+
+    def __init__(self, front_ends: int, engines: int, fd: int | None = None) -> None:
+        """fd: of a file (without a name) that all of them map; None: there is only this process."""
+        cut = front_ends * (_SIZE + 1)
+        count = cut + engines * (1 + len(_ENGINE))
+        if fd is None:
+            numbers = np.zeros(count)
+        else:
+            os.ftruncate(fd, count * 8)
+            numbers = np.frombuffer(mmap.mmap(fd, count * 8), np.float64)
+        requests, self._engines = numbers[:cut].reshape(front_ends, -1), numbers[cut:].reshape(engines, -1)
+        self._requests, self._unfinished = requests[:, :-1], requests[:, -1]
+
+    @property
+    def unfinished(self) -> int:
+        """Requests in all front ends."""
+        return int(self._unfinished.sum())
+
+    def enter(self, front_end: int, unfinished: int) -> None:
+        """How many requests a front end has."""
+        self._unfinished[front_end] = unfinished
+
+    def requests(self, front_end: int) -> Array:
+        return self._requests[front_end]
+
+    def total(self) -> Array:
+        return self._requests.sum(axis=0)
+
+    def look(self, llm: AsyncLLM | EngineClient) -> None:
+        """Writes the engines' rows."""
+        self._engines[:] = [
+            [health.up, *(read(metrics) for read in _ENGINE)]
+            for health, metrics in zip(llm.health(), llm.replica_metrics())
+        ]
+
+    def engines(self, labels: dict[str, str]) -> Iterator[Metric]:
+        up = ("headway:engine_up", "Whether the engine runs.")
+        gauges, counters = ([(name, text) for name, (text, _) in table.items()] for table in (_GAUGES, _COUNTERS))
+        families: list[GaugeMetricFamily | CounterMetricFamily] = [
+            *(GaugeMetricFamily(*one, labels=[*labels, "engine"]) for one in (up, *gauges)),
+            *(CounterMetricFamily(*one, labels=[*labels, "engine"]) for one in counters),
+        ]
+        for family, values in zip(families, self._engines.T.tolist()):
+            for engine, value in enumerate(values):
+                family.add_metric([*labels.values(), str(engine)], value)
+        return iter(families)
+
 
 class RequestStats:
-    """What this process has seen of requests, and all that share its directory. One thread writes."""
+    """What a front end has seen of requests, and all of its server's have. One thread writes."""
 
-    def __init__(self, shared: Path | None = None) -> None:
-        """shared: a directory; what ended processes have left there counts on."""
-        self._shared = shared
-        self._array = np.zeros(_SIZE) if shared is None else _mapped(shared / f"{os.getpid()}.stats")
-        self._parts = dict(zip(_HISTOGRAMS, _split(self._array)))
-        self._reasons = self._array[-len(_REASONS) :]
+    def __init__(self, board: Board, front_end: int) -> None:
+        self._board = board
+        own = board.requests(front_end)
+        self._parts, self._reasons = dict(zip(_HISTOGRAMS, _split(own))), own[-len(_REASONS) :]
 
     def observe(self, histogram: _Histogram, value: float, count: int = 1) -> None:
         histogram.observe(self._parts[histogram], value, count)
@@ -96,7 +162,7 @@ class RequestStats:
                 yield output
 
     def collect(self, labels: dict[str, str]) -> Iterator[Metric]:
-        total = self._total()
+        total = self._board.total()
         for histogram, part in zip(_HISTOGRAMS, _split(total)):
             yield histogram.family(part, labels)
         ended = CounterMetricFamily(
@@ -106,49 +172,19 @@ class RequestStats:
             ended.add_metric([*labels.values(), reason], count)
         yield ended
 
-    def _total(self) -> Array:
-        if self._shared is None:
-            return self._array
-        return np.sum([np.fromfile(path) for path in self._shared.glob("*.stats")], axis=0)
-
 
 def _split(array: Array) -> list[Array]:
     ends = np.cumsum([h.size for h in _HISTOGRAMS]).tolist()
     return np.split(array[: ends[-1]], ends[:-1])
 
 
-def _mapped(path: Path) -> Array:
-    with open(path, "w+b") as file:
-        file.truncate(_SIZE * 8)
-        return np.frombuffer(mmap.mmap(file.fileno(), _SIZE * 8), np.float64)
-
-
-_Table = dict[str, tuple[str, Callable[[EngineMetrics], float]]]
-_GAUGES: _Table = {
-    "headway:num_requests_running": ("Requests in the batch.", lambda m: m.running),
-    "headway:num_requests_waiting": ("Requests that wait for a place in the batch.", lambda m: m.waiting),
-    "headway:kv_cache_usage_perc": ("KV cache in use; 1 is full.", lambda m: m.blocks_used / (m.blocks_total or 1)),
-}
-_COUNTERS: _Table = {
-    "headway:prompt_tokens": ("Prompt tokens of admitted requests.", lambda m: m.prompt_tokens),
-    "headway:generation_tokens": ("Tokens generated.", lambda m: m.generated_tokens),
-    "headway:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda m: m.prompt_tokens),
-    "headway:prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda m: m.prefix_hit_tokens),
-    "headway:num_preemptions": ("Requests that lost their KV cache to others.", lambda m: m.preemptions),
-}
-
-
-def exposition(model: str, engine: EngineMetrics, requests: RequestStats) -> bytes:
+def exposition(model: str, board: Board, requests: RequestStats) -> bytes:
     """Prometheus' text format."""
 
     class All:
         def collect(self) -> Iterator[Metric]:
             labels = {"model_name": model}
-            for family, table in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
-                for name, (text, value) in table.items():
-                    metric = family(name, text, labels=list(labels))
-                    metric.add_metric(list(labels.values()), value(engine))
-                    yield metric
+            yield from board.engines(labels)
             yield from requests.collect(labels)
 
     registry = CollectorRegistry()

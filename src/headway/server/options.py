@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 from headway.config.args import check_fields, setting
 from headway.errors import ConfigError
@@ -30,6 +31,11 @@ class ServeOptions:
     chat_template: str | None = setting(text="file of the chat template to use instead of the model's")
     trust_request_chat_template: bool = setting(False, text="requests may bring a chat_template, which is a program")
     max_body_bytes: int = setting(32 << 20, text="largest request body, in bytes", low=1)
+
+    api_server_count: int = setting(1, text="processes that read requests and write answers, on one port", low=1)
+    on_engine_death: Literal["restart", "exit"] = setting(
+        "restart", text="what happens when an engine dies: it starts again, or the server ends with status 1"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

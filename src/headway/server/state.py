@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -15,7 +16,7 @@ from headway.llm import AsyncLLM
 from headway.llm.tools import ToolParser
 from headway.messages import SamplingParams
 from headway.server.errors import ApiError
-from headway.server.metrics import RequestStats
+from headway.server.metrics import Board, RequestStats
 from headway.server.options import ServeOptions
 from headway.server.reading import ANSWER
 
@@ -24,17 +25,23 @@ RETRY_AFTER_S = 1
 
 @dataclass(slots=True)
 class State:
-    """names: that the model answers to, the first in answers. draining: the server ends once nothing runs.
+    """names: that the model answers to, the first in answers. front_end: its number among those of the server. looks:
+    whether it is the one that writes down how the engines are. data_parallel_rank: the replica that a request is for.
 
-    chat_template: in place of the model's. tools, thinks: what the chat template teaches of calls and reasoning.
+    draining: the server ends once nothing runs. chat_template: in place of the model's. tools, thinks: what the chat
+    template teaches of calls and reasoning.
     """
 
     llm: AsyncLLM
     options: ServeOptions
     names: list[str]
+    board: Board
+    front_end: int = 0
+    looks: bool = True
+    data_parallel_rank: int | None = None
     running: int = 0
     draining: bool = False
-    stats: RequestStats = field(default_factory=RequestStats)
+    stats: RequestStats = field(init=False)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     chat_defaults: SamplingParams = field(init=False)
     completion_defaults: SamplingParams = field(init=False)
@@ -43,6 +50,8 @@ class State:
     thinks: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.stats = RequestStats(self.board, self.front_end)
+        self._entered(0)
         path = self.options.chat_template
         self.chat_template = None if path is None else Path(path).read_text()
         template = "\n".join(self.llm.tokenizer.chat_templates.values()) if path is None else self.chat_template or ""
@@ -58,8 +67,10 @@ class State:
 
     @property
     def most(self) -> int:
-        """How many requests may run or wait."""
-        return self.llm.config.scheduler.max_num_seqs + self.options.max_waiting
+        """How many requests may run or wait, in all front ends."""
+        config = self.llm.config
+        places = config.scheduler.max_num_seqs * config.parallel.data_parallel_size
+        return places + self.options.max_waiting
 
     @contextmanager
     def room(self) -> Generator[None]:
@@ -67,19 +78,29 @@ class State:
         retry = {"retry-after": str(RETRY_AFTER_S)}
         if self.draining:
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers=retry)
-        if self.running >= self.most:
+        if self.board.unfinished >= self.most:
             message = (
                 f"{self.most} requests run or wait, which is as many as may (max_waiting={self.options.max_waiting})"
             )
             raise ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, headers=retry)
-        self.running += 1
+        self._entered(1)
         self.idle.clear()
         try:
             yield
         finally:
-            self.running -= 1
+            self._entered(-1)
             if not self.running:
                 self.idle.set()
+
+    def _entered(self, change: int) -> None:
+        self.running += change
+        self.board.enter(self.front_end, self.running)
+
+    def for_replica(self, rank: int) -> State:
+        """For a request that names its replica."""
+        state = copy(self)
+        state.data_parallel_rank = rank
+        return state
 
     async def drain(self) -> None:
         """Refuses new requests from now on, and waits for those that run."""
