@@ -277,14 +277,14 @@ def test_it_fits_a_phone(page: Page) -> None:
     try:
         page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
         page.ask_and_wait(LONG, 400)
-        assert page.run("return document.scrollingElement.scrollWidth <= innerWidth")
+        assert page.run("return document.scrollingElement.scrollWidth <= screen.width")
         assert page.run("return document.getElementById('new').getBoundingClientRect().bottom <= innerHeight")
         last = "document.getElementById('talk').lastChild.getBoundingClientRect().bottom"
         assert page.run(f"return {last} <= document.querySelector('main').getBoundingClientRect().bottom")
         page.browser.get(f"{page.url}docs")
         page.until(lambda: len(page.texts("details")) > 5)
         page.run("document.querySelectorAll('details').forEach(one => one.open = true)")
-        assert page.run("return document.scrollingElement.scrollWidth <= innerWidth")
+        assert page.run("return document.scrollingElement.scrollWidth <= screen.width")
     finally:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

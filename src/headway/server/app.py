@@ -94,6 +94,11 @@ def make_app(state: State) -> ASGIApp:
         Route("/", page),
     ]
     app: ASGIApp = _Shortcut(endpoints, Starlette(routes=routes, exception_handlers={404: _error, 405: _error}))
+    if state.options.otlp_traces_endpoint is not None:
+        from headway.server.tracing import Traces
+
+        state.traces = Traces(state.options.otlp_traces_endpoint, state.names[0])
+        app = state.traces.around(app)
     for layer, args, kwargs in reversed(middleware(state.options)):
         app = layer(app, *args, **kwargs)
     return app

@@ -79,6 +79,8 @@ async def run(
         for prompt in prompts
     ]
     outputs = streams[0] if len(streams) == 1 else _merged(streams, params.n)
+    if state.traces is not None:
+        outputs = state.traces.watch(outputs, params, bool(request.stream))
     with _client_names(request):
         async with aclosing(outputs):
             yield outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 from headway.config.args import check_fields, setting
@@ -31,6 +32,9 @@ class ServeOptions:
     chat_template: str | None = setting(text="file of the chat template to use instead of the model's")
     trust_request_chat_template: bool = setting(False, text="requests may bring a chat_template, which is a program")
     max_body_bytes: int = setting(32 << 20, text="largest request body, in bytes", low=1)
+    otlp_traces_endpoint: str | None = setting(
+        text="send OpenTelemetry traces to this URL, such as http://localhost:4318/v1/traces (needs headway[otel])"
+    )
 
     api_server_count: int = setting(1, text="processes that read requests and write answers, on one port", low=1)
     on_engine_death: Literal["restart", "exit"] = setting(
@@ -47,3 +51,7 @@ class ServeOptions:
                 raise ConfigError(name, path, "cannot be read")
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError("root_path", self.root_path, "must start with /")
+        if self.otlp_traces_endpoint is not None:
+            if not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+                raise ConfigError("otlp_traces_endpoint", self.otlp_traces_endpoint, "must be an http or https URL")
+            import_module("headway.server.tracing")  # what is missing is said before the model loads

@@ -64,7 +64,7 @@ async def embeddings(state: State, request: EmbeddingRequest) -> bytes:
     outputs = await asyncio.gather(*(state.llm.embed(prompt, params) for prompt in prompts_of("input", request.input)))
     form = _base64 if request.encoding_format == "base64" else list[float]
     data = [{"object": "embedding", "index": i, "embedding": form(one.data)} for i, one in enumerate(outputs)]
-    return encode({"object": "list", "data": data, "model": state.names[0], "usage": _usage(outputs)})
+    return encode({"object": "list", "data": data, "model": state.names[0], "usage": _usage(state, outputs)})
 
 
 async def classify(state: State, request: ClassifyRequest) -> bytes:
@@ -76,14 +76,14 @@ async def classify(state: State, request: ClassifyRequest) -> bytes:
     for i, one in enumerate(outputs):
         best = max(range(len(one.data)), key=one.data.__getitem__)
         data.append({"index": i, "label": f"LABEL_{best}", "probs": one.data, "num_classes": len(one.data)})
-    return encode({**Head("classify", "list", state.names[0]).record(), "data": data, "usage": _usage(outputs)})
+    return encode({**Head("classify", "list", state.names[0]).record(), "data": data, "usage": _usage(state, outputs)})
 
 
 async def score(state: State, request: ScoreRequest) -> bytes:
     state.check_model(request.model)
     outputs = await state.llm.score(request.text_1, request.text_2)
     data = [{"index": i, "object": "score", "score": one.data[0]} for i, one in enumerate(outputs)]
-    return encode({**Head("score", "list", state.names[0]).record(), "data": data, "usage": _usage(outputs)})
+    return encode({**Head("score", "list", state.names[0]).record(), "data": data, "usage": _usage(state, outputs)})
 
 
 async def rerank(state: State, request: RerankRequest) -> bytes:
@@ -98,7 +98,7 @@ async def rerank(state: State, request: RerankRequest) -> bytes:
     if request.return_documents:
         results = [{**one, "document": {"text": request.documents[one["index"]]}} for one in results]
     head = Head("rerank", "list", state.names[0])
-    return encode({"id": head.id, "model": head.model, "results": results, "usage": _usage(outputs)})
+    return encode({"id": head.id, "model": head.model, "results": results, "usage": _usage(state, outputs)})
 
 
 def _base64(vector: Sequence[float]) -> str:
@@ -106,6 +106,8 @@ def _base64(vector: Sequence[float]) -> str:
     return base64.b64encode(array("f", vector).tobytes()).decode()
 
 
-def _usage(outputs: Sequence[PooledOutput]) -> dict[str, Any]:
+def _usage(state: State, outputs: Sequence[PooledOutput]) -> dict[str, Any]:
+    if state.traces is not None:
+        state.traces.pooled(outputs)
     tokens = sum(len(one.prompt_token_ids) for one in outputs)
     return {"prompt_tokens": tokens, "total_tokens": tokens}

@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,6 +20,9 @@ from headway.server.errors import ApiError
 from headway.server.metrics import Board, RequestStats
 from headway.server.options import ServeOptions
 from headway.server.reading import ANSWER
+
+if TYPE_CHECKING:
+    from headway.server.tracing import Traces
 
 RETRY_AFTER_S = 1
 
@@ -41,6 +45,7 @@ class State:
     data_parallel_rank: int | None = None
     running: int = 0
     draining: bool = False
+    traces: Traces | None = None
     stats: RequestStats = field(init=False)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     chat_defaults: SamplingParams = field(init=False)
