@@ -157,11 +157,31 @@ def test_replicas_are_ranks_of_this_node_too() -> None:
 
 
 def test_replicas_that_cannot_be_are_refused_by_name() -> None:
-    assert refused(data_parallel_size=2, data_parallel_backend="ray").field == "data_parallel_backend"
+    assert refused(data_parallel_size=2, data_parallel_size_local=1).accepted == (
+        "must be data_parallel_size=2 where data_parallel_backend is mp"
+    )
+    ray = {"data_parallel_size": 2, "data_parallel_backend": "ray"}
+    assert refused(**ray, data_parallel_size_local=3).field == "data_parallel_size_local"
     external = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2}
     assert refused(machine=launched(4), **external, data_parallel_size=2).field == "data_parallel_size"
     with pytest.warns(RuntimeWarning, match="data_parallel_backend='mp' is not used: one replica"):
         settled(data_parallel_backend="mp")
+
+
+def test_replicas_on_ray_go_where_there_is_room_unless_some_are_for_the_head_node() -> None:
+    ray = {"data_parallel_size": 4, "data_parallel_backend": "ray"}
+    anywhere, divided = settled(**ray), settled(**ray, data_parallel_size_local=2, data_parallel_address="head")
+    assert anywhere.parallel.executor == "uni" and anywhere.ray.strategy == "STRICT_PACK"
+    assert anywhere.parallel.data_parallel_size_local is None
+    assert (divided.parallel.data_parallel_size_local, divided.parallel.data_parallel_address) == (2, "head")
+    assert (anywhere.device.threads, divided.device.threads) == (1, 2)  # as many as a node may have to hold
+    assert anywhere.ray.bundles == ({"CPU": 1.0},) and divided.ray.bundles == ({"CPU": 2.0},)
+    wide = settled(**ray, placement_group_config={"bundle_per_worker": {"CPU": 1}, "strategy": "SPREAD"})
+    assert wide.ray.strategy == "SPREAD"
+    with pytest.warns(RuntimeWarning, match="data_parallel_rpc_port=1300 is not used: every engine takes a free port"):
+        settled(**ray, data_parallel_rpc_port=1300)
+    with pytest.warns(RuntimeWarning, match="data_parallel_address='head' is not used: no replica has to be on"):
+        settled(**ray, data_parallel_address="head")
 
 
 def launched(world_size: int, **kwargs: Any) -> MachineFacts:

@@ -59,6 +59,13 @@ class EngineArgs:
     pipeline_parallel_size: int = setting(1, text="ranks that split the layers", short="-pp", low=1)
     data_parallel_size: int = setting(1, text="replicas of the engine", short="-dp", low=1)
     data_parallel_backend: Literal["mp", "ray"] | None = setting(text="where the replicas run", short="-dpb")
+    data_parallel_size_local: int | None = setting(
+        text="ray: replicas on the head node, the others elsewhere (default: any nodes with room)", short="-dpl", low=0
+    )
+    data_parallel_address: str | None = setting(
+        text="ray: name or address of the head node (default: this one)", short="-dpa"
+    )
+    data_parallel_rpc_port: int | None = setting(text="accepted, not needed", short="-dpp", low=0, high=65535)
     start_timeout_s: float = setting(
         600.0, text="unless uni: how long the ranks may take to load the model (0: any time)", low=0
     )

@@ -33,6 +33,7 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
     choices.note("data_parallel_size", dp, "given; each replica in a process of its own" if dp > 1 else "one replica")
     executor = _executor(choices, machine, tp * pp, weights)
     backend = _replicas(choices, executor)
+    _head_node(choices, backend)
     if executor in ("uni", "fake"):
         choices.unused(*TIMEOUTS, why=f"the executor is {executor}")
     else:
@@ -44,6 +45,8 @@ def resolve_parallel(choices: Choices, facts: ModelFacts, machine: MachineFacts,
         pipeline_parallel_size=pp,
         data_parallel_size=dp,
         data_parallel_backend=backend,
+        data_parallel_size_local=args.data_parallel_size_local if backend == "ray" else None,
+        data_parallel_address=args.data_parallel_address,
         stage_layers=stage_layers,
         start_timeout_s=args.start_timeout_s,
         step_timeout_s=args.step_timeout_s,
@@ -59,9 +62,22 @@ def _replicas(choices: Choices, executor: str) -> Literal["mp", "ray"]:
     if executor == "external_launcher":
         accepted = "must be 1: the launcher's processes make replicas by themselves, as many as WORLD_SIZE has room for"
         raise ConfigError("data_parallel_size", dp, accepted)
-    if asked == "ray":
-        raise ConfigError("data_parallel_backend", asked, "must be mp: this version starts replicas on this node only")
     return choices.pick("data_parallel_backend", asked, "mp", "processes of this node")
+
+
+def _head_node(choices: Choices, backend: str) -> None:
+    """How many replicas are there, and which node that is."""
+    dp, local = choices.args.data_parallel_size, choices.args.data_parallel_size_local
+    choices.unused("data_parallel_rpc_port", why="every engine takes a free port, and tells which")
+    if local is not None and (local > dp or (backend == "mp" and local != dp)):
+        at_most = "at most " if backend == "ray" else ""
+        accepted = f"must be {at_most}data_parallel_size={dp} where data_parallel_backend is {backend}"
+        raise ConfigError("data_parallel_size_local", local, accepted)
+    choices.pick("data_parallel_size_local", local, None, "all on this node" if backend == "mp" else "any with room")
+    if backend == "mp" or local is None:
+        choices.unused("data_parallel_address", why="no replica has to be on, or off, one node")
+    else:
+        choices.pick("data_parallel_address", choices.args.data_parallel_address, None, "this node")
 
 
 def split_layers(num_layers: int, stages: int, head_layers: float) -> tuple[int, ...]:
@@ -82,10 +98,12 @@ def ranks_on_this_node(parallel: ParallelConfig, machine: MachineFacts, weights:
     processes = 1 if machine.launched is None else machine.launched.local_world_size
     if parallel.executor == "external_launcher":
         return processes
-    if parallel.executor == "ray":  # as many as fit; other nodes are taken to be like this one
+    dp, local = parallel.data_parallel_size, parallel.data_parallel_size_local
+    ranks = parallel.ranks * (dp if local is None else max(local, dp - local))
+    if "ray" in (parallel.executor, parallel.data_parallel_backend):  # other nodes are taken to be like this one
         fitting = machine.free_memory * parallel.ranks // max(weights, 1)
-        return max(1, min(parallel.ranks, machine.cores, fitting))
-    return parallel.ranks * parallel.data_parallel_size * processes  # each of which may start an engine
+        return max(1, min(ranks, machine.cores, fitting))
+    return ranks * processes  # each of which may start an engine
 
 
 def _executor(choices: Choices, machine: MachineFacts, ranks: int, weights: int) -> str:

@@ -12,10 +12,12 @@ Bundle = dict[str, float]
 _KEYS = ("bundles", "bundle_per_worker", "strategy")
 
 
-def parse_placement(given: dict[str, Any], ranks: int, automatic: Bundle) -> tuple[tuple[Bundle, ...], Strategy]:
-    """The bundles, one a rank, and how they lie on the nodes. automatic: a rank's bundle where none is given.
+def parse_placement(
+    given: dict[str, Any], ranks: int, automatic: Bundle, usual: Strategy = "PACK"
+) -> tuple[tuple[Bundle, ...], Strategy]:
+    """The bundles, one a rank, and how they lie on the nodes. automatic, usual: what holds where none is given.
 
-    given: ``{"bundles": [{...}, ...]}`` or ``{"bundle_per_worker": {...}}``, ``"strategy"`` (PACK). Raises ConfigError.
+    given: ``{"bundles": [{...}, ...]}`` or ``{"bundle_per_worker": {...}}``, ``"strategy"``. Raises ConfigError.
     """
 
     def refuse(accepted: str) -> ConfigError:
@@ -25,7 +27,7 @@ def parse_placement(given: dict[str, Any], ranks: int, automatic: Bundle) -> tup
         raise refuse(f"has {unknown[0]}, but accepted are {', '.join(_KEYS)}")
     if "bundles" in given and "bundle_per_worker" in given:
         raise refuse("has both bundles and bundle_per_worker; one is accepted")
-    strategy = given.get("strategy", "PACK")
+    strategy = given.get("strategy", usual)
     if strategy not in get_args(Strategy):
         raise refuse(f"strategy must be one of {', '.join(get_args(Strategy))}")
     bundles = given.get("bundles", [given.get("bundle_per_worker", automatic)] * ranks)

@@ -119,11 +119,13 @@ def _device(choices: Choices, machine: MachineFacts, ops: str, neighbours: int) 
 
 def _ray(choices: Choices, parallel: ParallelConfig, threads: int) -> RayConfig:
     args = choices.args
-    if parallel.executor != "ray":
+    replicas = parallel.data_parallel_backend == "ray"
+    if parallel.executor != "ray" and not replicas:
         names = ("ray_address", "placement_group_config", "placement_group_timeout_s")
         choices.unused(*names, why=f"the executor is {parallel.executor}")
         return RayConfig()
-    bundles, strategy = parse_placement(args.placement_group_config or {}, parallel.ranks, {"CPU": float(threads)})
+    given, usual = args.placement_group_config or {}, "STRICT_PACK" if replicas else "PACK"
+    bundles, strategy = parse_placement(given, parallel.ranks, {"CPU": float(threads)}, usual)
     asked = {"bundles": list(bundles), "strategy": strategy}
     choices.note("ray_address", args.ray_address, "given" if args.ray_address else "RAY_ADDRESS, or what runs here")
     choices.note("placement_group_config", asked, "given" if args.placement_group_config else "a bundle a rank")

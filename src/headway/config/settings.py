@@ -62,7 +62,8 @@ class SchedulerConfig:
 class ParallelConfig:
     """executor: a name of headway.executor, or an import path "module:Class". stage_layers: of each pipeline stage;
     empty: divided evenly. data_parallel_size: engines of that kind, each in processes of its own where there are
-    several.
+    several. data_parallel_size_local: so many, and no more, are on the node of data_parallel_address (None: this one);
+    None: they are where there is room.
 
     start_timeout_s, step_timeout_s: how long ranks in other processes may take to load (or for another call)
     and for one step; 0: any time.
@@ -73,6 +74,8 @@ class ParallelConfig:
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     data_parallel_backend: Literal["mp", "ray"] = "mp"
+    data_parallel_size_local: int | None = None
+    data_parallel_address: str | None = None
     stage_layers: tuple[int, ...] = ()
     start_timeout_s: float = 600.0
     step_timeout_s: float = 300.0
@@ -90,12 +93,15 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayConfig:
-    """address: of the cluster; None: one that runs here, or a new one. bundles: one a rank. timeout_s: to get them."""
+    """address: of the cluster; None: one that runs here, or a new one. bundles: one a rank. timeout_s: to get them.
+    node: the ID of the node that they must be on, or after a "!" must not; empty: any.
+    """
 
     address: str | None = None
     bundles: tuple[Bundle, ...] = ({"CPU": 1},)
     strategy: Strategy = "PACK"
     timeout_s: float = 300.0
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,12 +26,16 @@ class RankActor:
         of_engine = Ticket.decode(ticket)
         fds = [os.open(f"/proc/{engine}/fd/{fd}", os.O_RDWR) for fd in of_engine.fds]
         self._ticket = of_engine.with_fds(fds)
-        # Ray says how many threads by the CPUs of the bundle; ours are what the config says. Before torch is imported.
-        os.environ["OMP_NUM_THREADS"] = str(of_engine.config.device.threads)
-        with suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, 0)  # Ray's default is 15: every other process would outrank the model
+        settle(of_engine.config.device.threads)
         return os.getpid()
 
     def run(self) -> int:
         """The exit status that a process of its own would have."""
         return run(self._ticket)
+
+
+def settle(threads: int) -> None:
+    """Makes this process one of the model's. Before torch is imported."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # Ray's is the CPUs of the bundle; ours is what the config says
+    with suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)  # Ray's default is 15: every other process would outrank the model

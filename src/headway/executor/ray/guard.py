@@ -26,7 +26,7 @@ class Guard:
     def __init__(self, config: RayConfig, engine: int) -> None:
         self._engine = os.pidfd_open(engine)  # raises, and so ends this actor, where it is gone already
         ray.get_runtime_context().current_actor.watch.remote()
-        self._group = placement_group(list(config.bundles), strategy=config.strategy)
+        self._group = new_group(config)
 
     def group(self) -> PlacementGroup:
         return self._group
@@ -37,6 +37,11 @@ class Guard:
         ended.register(self._engine, select.POLLIN)
         ended.poll()
         exit_actor()
+
+
+def new_group(config: RayConfig) -> PlacementGroup:
+    where = [{"ray.io/node-id": config.node} if config.node else {} for _ in config.bundles]
+    return placement_group(list(config.bundles), strategy=config.strategy, bundle_label_selector=where)
 
 
 def guarded_group(config: RayConfig) -> tuple[PlacementGroup, Any]:

@@ -46,7 +46,9 @@ class RayLauncher:
         here = ray.get_runtime_context().get_node_id()
         seats = in_rank_order(self._group.wait(), here, self._config.parallel.tensor_parallel_size)
         engine = secrets.token_hex(4)
-        self._actors = [_actor(self._group, seat, f"headway-{engine}-rank{rank}") for rank, seat in enumerate(seats)]
+        self._actors = [
+            actor_on(self._group, seat, RankActor, f"headway-{engine}-rank{rank}") for rank, seat in enumerate(seats)
+        ]
         hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         remote = frozenset(rank for rank, seat in enumerate(seats) if seat.node != here)
         store = None
@@ -111,11 +113,12 @@ class RayLauncher:
         return results
 
 
-def _actor(group: Group, seat: Seat, name: str) -> Any:
+def actor_on(group: Group, seat: Seat, kind: type, name: str, concurrency: int = 1) -> Any:
     """Takes what the seat offers, all of it: that is how Ray knows which GPUs the rank sees."""
     others = {r: amount for r, amount in seat.resources.items() if r not in ("CPU", "GPU", "memory")}
     options: dict[str, Any] = {
         "name": name,
+        "max_concurrency": concurrency,
         "num_cpus": seat.resources.get("CPU", 0),
         "num_gpus": seat.resources.get("GPU", 0),
         "memory": seat.resources.get("memory"),
@@ -124,7 +127,7 @@ def _actor(group: Group, seat: Seat, name: str) -> Any:
     }
     if path := os.environ.get("PYTHONPATH"):  # a checkout, say; not always, for a process of its own takes a second
         options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
-    return ray.remote(RankActor).options(**options).remote()
+    return ray.remote(kind).options(**options).remote()
 
 
 def _watch(running: dict[Any, int], died: Callable[[int, int | None], None]) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ray
-from ray.util import get_current_placement_group, placement_group, placement_group_table, remove_placement_group
+from ray.util import get_current_placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
 from headway.config import RayConfig
 from headway.errors import EngineError
-from headway.executor.ray.guard import guarded_group
+from headway.executor.ray.guard import guarded_group, new_group
 
 _log = logging.getLogger("headway")
 _SILENT_S = 5.0
@@ -30,10 +31,10 @@ class Seat:
 class Group:
     """The placement group of one engine: given back with remove(), else when its program or its Ray actor ends."""
 
-    def __init__(self, config: RayConfig) -> None:
-        """Finds room in the group around this process, or asks for a group of its own; wait() comes next."""
-        self._config = config
-        around = get_current_placement_group()
+    def __init__(self, config: RayConfig, owner: str = "this engine", join: bool = True) -> None:
+        """Finds room in the group around this process (join), or asks for a group of its own; wait() comes next."""
+        self._config, self._owner = config, owner
+        around = get_current_placement_group() if join else None
         bundles = None if around is None else _fit(config, around)
         self._own = bundles is None
         self._guard = None
@@ -46,9 +47,10 @@ class Group:
         timeout = self._config.timeout_s
         if not self.handle.wait(min(timeout, _SILENT_S)):
             if timeout > _SILENT_S:
-                _log.warning("waiting up to placement_group_timeout_s=%g for Ray: %s", timeout, _lacking(self._config))
+                what = _lacking(self._config)
+                _log.warning("%s waits up to placement_group_timeout_s=%g for Ray: %s", self._owner, timeout, what)
             if not self.handle.wait(max(timeout - _SILENT_S, 0)):
-                had = f"Ray had no room for this engine within placement_group_timeout_s={timeout:g}"
+                had = f"Ray had no room for {self._owner} within placement_group_timeout_s={timeout:g}"
                 raise EngineError(f"{had}: {_lacking(self._config)}")
         nodes = placement_group_table(self.handle)["bundles_to_node_id"]
         return [Seat(i, nodes[i], wanted) for i, wanted in zip(self._bundles, self._config.bundles)]
@@ -63,7 +65,7 @@ class Group:
     def _make(self) -> PlacementGroup:
         config = self._config
         if ray.get_runtime_context().get_actor_id() is None:
-            return placement_group(list(config.bundles), strategy=config.strategy)
+            return new_group(config)
         group, self._guard = guarded_group(config)
         return group
 
@@ -104,16 +106,23 @@ def _lacking(config: RayConfig) -> str:
     """What was asked for, what each node has and what is free."""
     names = sorted({name for bundle in config.bundles for name in bundle})
     free = ray.available_resources()
-    nodes = [
-        f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]}): {_amounts(names, node['Resources'])}"
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    nodes = [f"{name_of(node)}: {_amounts(names, node['Resources'])}" for node in live_nodes().values()]
     asked = ", ".join(_amounts(sorted(bundle), bundle) for bundle in config.bundles)
+    if config.node:
+        asked += f" {'not ' if config.node[0] == '!' else ''}on node {config.node.lstrip('!')[:8]}"
     return (
         f"asked for {len(config.bundles)} bundle(s), {config.strategy}: {asked}; the cluster has {'; '.join(nodes)}; "
         f"free now, in all: {_amounts(names, free)}"
     )
+
+
+def live_nodes() -> dict[str, dict[str, Any]]:
+    """What Ray says of each, by ID."""
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    return f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"
 
 
 def _amounts(names: list[str], resources: Mapping[str, float]) -> str:
