@@ -132,7 +132,7 @@ def test_each_request_is_a_span_below_its_callers(collector: Collector) -> None:
 
 
 def test_a_client_that_leaves_has_a_span_too(collector: Collector) -> None:
-    server = Served(MODEL, "--threads", "1", "--otlp-traces-endpoint", collector.url)
+    server = Served(MODEL, "--threads", "1", "--api-server-count", "2", "--otlp-traces-endpoint", collector.url)
     connection = HTTPConnection(urlsplit(server.url).netloc)
     body = {"messages": [{"role": "user", "content": "Count."}], "stream": True, "max_tokens": 4000, "ignore_eos": True}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))

@@ -67,6 +67,8 @@ async def serve(state: State, listener: socket.socket, wishes: Wishes, ready: Ca
             print(f"headway: ends with {state.running} requests unfinished", file=sys.stderr)
         server.should_exit = True
     await serving
+    if state.traces is not None:
+        state.traces.close()
 
 
 class _Server(uvicorn.Server):

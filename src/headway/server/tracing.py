@@ -31,27 +31,28 @@ OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/responses": "chat",
     "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-    "/v1/classify": "classify",
-    "/v1/score": "score",
-    "/v1/rerank": "rerank",
+    **{f"/v1/{name}": name for name in ("embeddings", "classify", "score", "rerank")},
 }
 Outputs = AsyncGenerator[RequestOutput, None]
 _PARENT = TraceContextTextMapPropagator()
 
 
 class Traces:
-    """Sends spans to an OTLP endpoint (HTTP), in a thread of its own; the last ones when the process ends.
+    """Sends spans to an OTLP endpoint (HTTP), in a thread of its own.
 
     OpenTelemetry's own environment variables say the rest: sampling, headers, the service's name.
     """
 
     def __init__(self, endpoint: str, model: str) -> None:
         service = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "headway"), "service.version": __version__}
-        provider = TracerProvider(resource=Resource.create(service))
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
-        self._tracer = provider.get_tracer("headway", __version__)
+        self._provider = TracerProvider(resource=Resource.create(service), shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        self._tracer = self._provider.get_tracer("headway", __version__)
         self._model = model
+
+    def close(self) -> None:
+        """Sends what was not sent yet."""
+        self._provider.shutdown()
 
     def around(self, app: ASGIApp) -> ASGIApp:
         """The same application, with spans."""
@@ -62,7 +63,7 @@ class Traces:
             if operation is None:
                 await app(scope, receive, send)
                 return
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            parent = _PARENT.extract({name.decode(): value.decode("latin-1") for name, value in scope["headers"]})
             attributes = {
                 "gen_ai.operation.name": operation,
                 "gen_ai.provider.name": "headway",
@@ -70,9 +71,8 @@ class Traces:
                 "gen_ai.response.model": self._model,
                 "url.path": path,
             }
-            with self._tracer.start_as_current_span(
-                f"{operation} {self._model}", _PARENT.extract(headers), SpanKind.SERVER, attributes
-            ) as span:
+            name = f"{operation} {self._model}"
+            with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER, attributes) as span:
 
                 async def sending(message: Message) -> None:
                     if message["type"] == "http.response.start":
