@@ -7,6 +7,7 @@ supervisor ── EngineTicket ──> engine processes (a launcher starts them 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -142,14 +143,18 @@ class Supervisor:
         ours.setblocking(False)
 
         def tell(status: Status) -> None:
-            try:
+            with suppress(OSError):  # that process is gone, which gone() hears
                 ours.send(encode(status))
-            except OSError:  # that process is gone
-                self._listeners.remove(tell)
-                ours.close()
+
+        def gone() -> None:
+            self._loop.remove_reader(ours)
+            self._listeners.remove(tell)
+            self._seats.remove(ours)
+            ours.close()
 
         self.listen(tell)
         self._seats.append(ours)
+        self._loop.call_soon_threadsafe(self._loop.add_reader, ours, gone)
         return theirs
 
     def listen(self, tell: Callable[[Status], None]) -> None:
@@ -211,6 +216,10 @@ class Supervisor:
         self._loop.call_later(delay, self._launch, replica)
 
     def _tell(self, replica: _Replica, status: Status) -> None:
+        if status.address is None:
+            logging.getLogger("headway").warning("headway: replica %d: %s", status.replica, status.why)
+        elif replica.ready.done():
+            logging.getLogger("headway").warning("headway: replica %d runs again", status.replica)
         replica.status = status
         for tell in list(self._listeners):
             tell(status)

@@ -97,16 +97,23 @@ class AsyncLLM(Client[EngineClient]):
             async for output in outputs:
                 yield output
 
-    async def embed(self, prompt: Prompt, pooling_params: PoolingParams | None = None) -> PooledOutput:
-        return await self._pool(prompt, pooling_params or PoolingParams(task="embed"))
+    async def embed(
+        self, prompt: Prompt, pooling_params: PoolingParams | None = None, data_parallel_rank: int | None = None
+    ) -> PooledOutput:
+        return await self._pool(prompt, pooling_params or PoolingParams(task="embed"), data_parallel_rank)
 
-    async def classify(self, prompt: Prompt, pooling_params: PoolingParams | None = None) -> PooledOutput:
-        return await self._pool(prompt, pooling_params or PoolingParams(task="classify"))
+    async def classify(
+        self, prompt: Prompt, pooling_params: PoolingParams | None = None, data_parallel_rank: int | None = None
+    ) -> PooledOutput:
+        return await self._pool(prompt, pooling_params or PoolingParams(task="classify"), data_parallel_rank)
 
-    async def score(self, text_1: str | list[str], text_2: str | list[str]) -> list[PooledOutput]:
+    async def score(
+        self, text_1: str | list[str], text_2: str | list[str], data_parallel_rank: int | None = None
+    ) -> list[PooledOutput]:
         """As LLM.score."""
-        scoring = self.scoring(text_1, text_2)
-        return scoring.results(list(await asyncio.gather(*(self._pool(p, scoring.params) for p in scoring.prompts))))
+        scoring = await asyncio.to_thread(self.scoring, text_1, text_2)
+        pooling = (self._pool(prompt, scoring.params, data_parallel_rank) for prompt in scoring.prompts)
+        return scoring.results(list(await asyncio.gather(*pooling)))
 
     def stream(self, done: OnAnswers[K]) -> PromptStream[K]:
         """For very many prompts: see PromptStream. To be used on the running event loop."""
@@ -156,8 +163,8 @@ class AsyncLLM(Client[EngineClient]):
     ) -> None:
         self.close()
 
-    async def _pool(self, prompt: Prompt, params: PoolingParams) -> PooledOutput:
-        prepared = await self._prepare(next(self._ids), prompt, params)
+    async def _pool(self, prompt: Prompt, params: PoolingParams, rank: int | None) -> PooledOutput:
+        prepared = await self._prepare(next(self._ids), prompt, params, data_parallel_rank=rank)
         result = PooledResult(prepared)
         async with aclosing(self._engine.generate(prepared.requests[0])) as outputs:
             async for output in outputs:

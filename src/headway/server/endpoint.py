@@ -36,17 +36,18 @@ class Endpoint(Generic[T]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
         try:
-            body = await read_body(receive, self._state.options.max_body_bytes)
-            await _unless_gone(self._serve(body, reply), receive)
+            body = await read_body(scope, receive, self._state.options.max_body_bytes)
+            state = _for_replica(self._state, scope["headers"])
+            await _unless_gone(self._serve(state, body, reply), receive)
         except _Gone:
             pass
         except Exception as error:
             await reply.fail(error)
 
-    async def _serve(self, body: bytes, reply: Reply) -> None:
+    async def _serve(self, state: State, body: bytes, reply: Reply) -> None:
         request = decode(self._decoder, body)
         with self._state.room():
-            answer = await self._answer(self._state, request)
+            answer = await self._answer(state, request)
             if isinstance(answer, bytes):
                 await reply.whole(HTTPStatus.OK, answer)
             else:
@@ -79,7 +80,7 @@ class Reply:
 
     async def fail(self, error: Exception) -> None:
         told = api_error(error)
-        if told.status >= HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, ApiError):
+        if told.status == HTTPStatus.INTERNAL_SERVER_ERROR:
             logging.getLogger("headway").error("a request failed", exc_info=error)
         if self._started:
             await self._send({"type": "http.response.body", "body": b"data: " + told.body() + b"\n\n"})
@@ -88,25 +89,41 @@ class Reply:
             await self.whole(told.status, told.body(), headers)
 
 
+def _for_replica(state: State, headers: Headers) -> State:
+    """The state, or what a request that names its replica is to see of it."""
+    for name, value in headers:
+        if name == b"x-data-parallel-rank":
+            if not value.isdigit() or len(value) > 9:
+                message = f"X-data-parallel-rank={value.decode('latin-1')}: must be the number of a replica"
+                raise ApiError(HTTPStatus.BAD_REQUEST, message, param="X-data-parallel-rank")
+            return state.for_replica(int(value))
+    return state
+
+
 class _Gone(Exception):
     """The client has left."""
 
 
-async def read_body(receive: Receive, limit: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """What says that it is too large is refused unread; what turns out to be, then."""
     body = bytearray()
+    told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    if int(told) > limit:
+        raise _too_large(limit)
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise _Gone
         body += message["body"]
         if len(body) > limit:
-            raise ApiError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body has more than max_body_bytes={limit}",
-                headers={"connection": "close"},
-            )
+            raise _too_large(limit)
         if not message.get("more_body"):
             return bytes(body)
+
+
+def _too_large(limit: int) -> ApiError:
+    message = f"the body has more than max_body_bytes={limit}"
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, headers={"connection": "close"})
 
 
 async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:

@@ -9,6 +9,8 @@ import msgspec
 
 from headway.errors import EngineError, FieldError, UserError
 
+RETRY_AFTER_S = 1
+
 
 class ApiError(Exception):
     """A request that is answered with an error. param: the field of the request that is to blame."""
@@ -46,7 +48,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, RecursionError):
         return ApiError(HTTPStatus.BAD_REQUEST, "the body is nested too deeply")
     if isinstance(error, EngineError):
-        return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, f"the engine has failed: {error}", code="engine_dead")
+        message, headers = f"the engine has failed: {error}", {"retry-after": str(RETRY_AFTER_S)}
+        return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, code="engine_dead", headers=headers)
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, f"the server has failed: {type(error).__name__}")
 
 

@@ -74,6 +74,7 @@ async def run(
                 params,
                 priority=request.priority,
                 stream=bool(request.stream),
+                data_parallel_rank=state.data_parallel_rank,
             )
         )
         for prompt in prompts
@@ -117,25 +118,34 @@ def _check_size(state: State, prompts: list[PromptInput], n: int) -> None:
 
 async def _merged(streams: list[Outputs], n: int) -> Outputs:
     queue: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+    room = asyncio.Semaphore(len(streams))  # what a slow caller has not taken waits where it becomes one output
+    tasks: list[asyncio.Task[None]] = []
 
     async def read(first: int, outputs: Outputs) -> None:
         async with aclosing(outputs):
             async for output in outputs:
                 for sample in output.outputs:
                     sample.index += first
+                await room.acquire()
                 queue.put_nowait(output)
 
-    tasks = [asyncio.ensure_future(read(i * n, outputs)) for i, outputs in enumerate(streams)]
-    together = asyncio.gather(*tasks)
+    async def read_all() -> None:
+        for i, outputs in enumerate(streams):
+            tasks.append(asyncio.ensure_future(read(i * n, outputs)))
+            await asyncio.sleep(0)  # it begins with its prompt, which takes up to 2 ms: others have their turn between
+        await asyncio.gather(*tasks)
+
+    together = asyncio.ensure_future(read_all())
     together.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (output := await queue.get()) is not None:
+            room.release()
             yield output
         await together
     finally:
-        for task in tasks:
+        for task in (together, *tasks):
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.gather(together, *tasks, return_exceptions=True)
 
 
 @contextmanager

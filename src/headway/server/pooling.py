@@ -61,7 +61,8 @@ class RerankRequest(Pooled, kw_only=True):
 async def embeddings(state: State, request: EmbeddingRequest) -> bytes:
     state.check_model(request.model)
     params = PoolingParams(task="embed", normalize=request.normalize, dimensions=request.dimensions)
-    outputs = await asyncio.gather(*(state.llm.embed(prompt, params) for prompt in prompts_of("input", request.input)))
+    prompts = prompts_of("input", request.input)
+    outputs = await asyncio.gather(*(state.llm.embed(prompt, params, state.data_parallel_rank) for prompt in prompts))
     form = _base64 if request.encoding_format == "base64" else list[float]
     data = [{"object": "embedding", "index": i, "embedding": form(one.data)} for i, one in enumerate(outputs)]
     return encode({"object": "list", "data": data, "model": state.names[0], "usage": _usage(state, outputs)})
@@ -71,7 +72,8 @@ async def classify(state: State, request: ClassifyRequest) -> bytes:
     state.check_model(request.model)
     params = PoolingParams(task="classify", activation=request.activation)
     prompts = prompts_of("input", request.input)
-    outputs = await asyncio.gather(*(state.llm.classify(prompt, params) for prompt in prompts))
+    rank = state.data_parallel_rank
+    outputs = await asyncio.gather(*(state.llm.classify(prompt, params, rank) for prompt in prompts))
     data: list[Record] = []
     for i, one in enumerate(outputs):
         best = max(range(len(one.data)), key=one.data.__getitem__)
@@ -81,7 +83,7 @@ async def classify(state: State, request: ClassifyRequest) -> bytes:
 
 async def score(state: State, request: ScoreRequest) -> bytes:
     state.check_model(request.model)
-    outputs = await state.llm.score(request.text_1, request.text_2)
+    outputs = await state.llm.score(request.text_1, request.text_2, state.data_parallel_rank)
     data = [{"index": i, "object": "score", "score": one.data[0]} for i, one in enumerate(outputs)]
     return encode({**Head("score", "list", state.names[0]).record(), "data": data, "usage": _usage(state, outputs)})
 
@@ -92,7 +94,7 @@ async def rerank(state: State, request: RerankRequest) -> bytes:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"top_n={request.top_n}: must be at least 1", param="top_n")
     if not request.documents:
         raise ApiError(HTTPStatus.BAD_REQUEST, "documents=[]: must not be empty", param="documents")
-    outputs = await state.llm.score(request.query, request.documents)
+    outputs = await state.llm.score(request.query, request.documents, state.data_parallel_rank)
     order = sorted(range(len(outputs)), key=lambda i: -outputs[i].data[0])[: request.top_n]
     results: list[Record] = [{"index": i, "relevance_score": outputs[i].data[0]} for i in order]
     if request.return_documents:

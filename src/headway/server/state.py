@@ -16,15 +16,13 @@ import msgspec
 from headway.llm import AsyncLLM
 from headway.llm.tools import ToolParser
 from headway.messages import SamplingParams
-from headway.server.errors import ApiError
+from headway.server.errors import RETRY_AFTER_S, ApiError
 from headway.server.metrics import Board, RequestStats
 from headway.server.options import ServeOptions
 from headway.server.reading import ANSWER
 
 if TYPE_CHECKING:
     from headway.server.tracing import Traces
-
-RETRY_AFTER_S = 1
 
 
 @dataclass(slots=True)
