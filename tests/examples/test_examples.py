@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.server.conftest import Served
 
 from headway.cli import main
 
@@ -83,6 +84,15 @@ def test_rows_get_labels(said_here: Said) -> None:
     said = said_here("classify.py", 6).splitlines()
     labels = [label for part in said[-1].split(", ") for _, _, label in (part.partition(" x "),)]
     assert set(labels) <= {"statement", "operator", "data type"}
+
+
+def test_a_conversation_with_a_server(said_here: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Served("smollm2-135m-instruct", "--threads", "1")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+    said = said_here("serve_chat.py")
+    assert "> What is the capital of France?\nThe capital of France is Paris." in said
+    assert "> And of Italy?\nThe capital of Italy is Rome." in said  # what "And" is about is in the turn before
+    assert server.end() == 0, server.log
 
 
 @pytest.mark.long
