@@ -230,3 +230,16 @@ def test_a_worker_that_is_killed_ends_the_server_where_that_is_asked_for(begin: 
     assert server.process.wait(10) == 1
     assert server.end() == 1
     assert "the engine has failed: rank 0 ended with status -9" in server.log[-1]
+
+
+def test_sigterm_to_all_processes_lets_every_front_end_finish_its_streams(begin: Any) -> None:
+    server, client = begin(*REPLICAS, "--api-server-count", "2")
+    streams = [client.stream()[1] for _ in range(8)]
+    pids = processes(server.process.pid)
+    assert sorted(pids) == ["headway-api0", "headway-api1", "headway-dp0", "headway-dp1"]
+    for pid in (server.process.pid, *pids.values()):
+        os.kill(pid, signal.SIGTERM)
+    assert codes(streams) == [None] * 8
+    assert server.process.wait(10) == 0
+    assert gone(list(pids.values()))
+    assert len(server.log) == 1
