@@ -276,7 +276,7 @@ def test_it_fits_a_phone(page: Page) -> None:
     phone = {"width": 360, "height": 640, "deviceScaleFactor": 2, "mobile": True}
     try:
         page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-        page.ask_and_wait(LONG, 400)
+        page.ask_and_wait(LONG, 200)
         assert page.run("return document.scrollingElement.scrollWidth <= screen.width")
         assert page.run("return document.getElementById('new').getBoundingClientRect().bottom <= innerHeight")
         last = "document.getElementById('talk').lastChild.getBoundingClientRect().bottom"
