@@ -122,6 +122,18 @@ def test_a_client_that_leaves_ends_its_request(served: Served, connect: Connect)
     assert after - before < 1000
 
 
+@pytest.mark.parametrize("rank, names", [("first", "X-data-parallel-rank"), ("1", "data_parallel_rank")])
+def test_a_replica_that_there_is_not_is_named(served: Served, connect: Connect, rank: str, names: str) -> None:
+    answer = _post(connect(served.url), {**CHAT, "max_tokens": 1}, **{"X-data-parallel-rank": rank})
+    assert answer.status == 400
+    assert json.load(answer)["error"]["param"] == names
+
+
+def test_health_tells_of_every_replica(served: Served) -> None:
+    with urllib.request.urlopen(f"{served.url}/health") as answer:
+        assert json.load(answer) == {"status": "up", "replicas": [{"replica": 0, "up": True, "why": ""}]}
+
+
 def test_who_has_no_key_is_refused(guarded: tuple[Served, str], connect: Connect) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
         answer = _post(connect(guarded[1]), {**CHAT, "max_tokens": 1}, **headers)

@@ -16,7 +16,7 @@ Posts = Mapping[str, tuple[type[Any], Callable[[State, Any], Awaitable[Any]]]]
 
 GETS = {
     "/v1/models": "The models that requests may name.",
-    "/health": "200 while requests are taken.",
+    "/health": "200 while requests are taken; tells which replicas run.",
     "/ping": "As /health.",
     "/version": "headway's version.",
     "/metrics": "Prometheus metrics.",
@@ -41,13 +41,19 @@ _ERROR = {
         }
     },
 }
+_REPLICA = {
+    "name": "X-data-parallel-rank",
+    "in": "header",
+    "description": "The replica that is to run the request.",
+    "schema": {"type": "integer", "minimum": 0},
+}
 _STATUS = {
     "400": "A field cannot be honoured; param names it.",
     "401": "No API key, or a wrong one.",
     "404": "No such model.",
     "413": "The body is too large.",
     "429": "As many requests wait as may; Retry-After says when to come again.",
-    "503": "The server ends or its engine has failed.",
+    "503": "The server ends, or an engine has failed and starts again; Retry-After says when to come again.",
 }
 
 
@@ -59,6 +65,7 @@ def document(posts: Posts) -> dict[str, Any]:
         paths[path] = {
             "post": {
                 "summary": (kind.__doc__ or path).strip().partition("\n")[0],
+                "parameters": [_REPLICA],
                 "requestBody": {"required": True, "content": {_JSON: {"schema": body}}},
                 "responses": {**_answers("stream" in kind.__struct_fields__), **_failures()},
             }
