@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -15,10 +17,16 @@ from headway.errors import MissingDependencyError, ModelError, RequestError
 from headway.messages import StructuredOutput
 from headway.tokenizers import Tokenizer
 
+T = TypeVar("T")
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_SOURCE_CHARS = 512 * 1024
+MAX_SOURCE_CHARS = {"json": 64 << 10, "regex": 16 << 10, "choice": 512 << 10, "grammar": 16 << 10}
+STACK_BYTES = 256 << 20
+"""llguidance recurses: a chain of 1000 definitions overflows the usual 8 MiB, which ends the process."""
+MAX_FIRST_STEP_S = 0.5
+"""What the first step takes is a hint at what others of the batch would wait for at each."""
 CACHED_CONSTRAINTS = 64
 # llguidance's other limits hold as they are: about 20 ms to build a grammar, 15 ms to scan a step's tokens.
 MAX_LEXER_STATES = 50_000  # 1-2 kB each
@@ -51,9 +59,10 @@ class LLGuidanceBackend:
         """
         field = next(f for f in constraint.__struct_fields__ if getattr(constraint, f) is not None)
         key = msgspec.json.encode(constraint)
-        if len(key) > MAX_SOURCE_CHARS:
-            raise RequestError(f"structured.{field}", constraint, f"must be at most {MAX_SOURCE_CHARS} characters")
-        matcher = self._known(key) or self._build(key, field, getattr(constraint, field))
+        value = getattr(constraint, field)
+        if len(key) > MAX_SOURCE_CHARS[field]:
+            raise RequestError(f"structured.{field}", value, f"must be at most {MAX_SOURCE_CHARS[field]} characters")
+        matcher = self._known(key) or _with_stack(lambda: self._build(key, field, value))
         return LLGuidanceMatcher(matcher, self._eos)
 
     def _known(self, key: bytes) -> LLMatcher | None:
@@ -71,11 +80,18 @@ class LLGuidanceBackend:
         except ImportError as error:
             message = "structured output needs llguidance: pip install 'headway[grammar]'"
             raise MissingDependencyError(message) from error
-        source = _SOURCES[field](value, LLMatcher)
+        try:
+            source = _SOURCES[field](value, LLMatcher)
+        except ValueError as error:  # such as a number that no machine word holds
+            raise RequestError(f"structured.{field}", value, str(error)) from error
         limits = LLParserLimits(max_items_in_row=MAX_ITEMS, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
         matcher = LLMatcher(self._tables(), source, log_level=0, limits=limits)
         if matcher.is_error():
             raise RequestError(f"structured.{field}", value, matcher.get_error())
+        began = time.perf_counter()
+        matcher.compute_bitmask()
+        if time.perf_counter() - began > MAX_FIRST_STEP_S:
+            raise RequestError(f"structured.{field}", value, "is too complex: its first step takes too long")
         with self._lock:
             self._compiled[key] = matcher
             if len(self._compiled) > CACHED_CONSTRAINTS:
@@ -93,6 +109,28 @@ class LLGuidanceBackend:
                 except ValueError as error:
                     raise ModelError(f"llguidance cannot constrain this model's tokenizer: {error}") from error
             return self._tokenizer
+
+
+_starting = threading.Lock()
+
+
+def _with_stack(work: Callable[[], T]) -> T:
+    """On a thread of its own, whose stack is large."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    with _starting:
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="headway-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+    return done.result()
 
 
 class LLGuidanceMatcher:

@@ -126,7 +126,7 @@ def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
 
 async def _error(request: Request, error: Exception) -> Response:
     status = HTTPStatus(getattr(error, "status_code", HTTPStatus.INTERNAL_SERVER_ERROR))
-    message = f"{request.method} {request.url.path}: {status.phrase.lower()}"
+    message = f"{request.method} {request.scope['path']}: {status.phrase.lower()}"
     return Response(
         error_body(status, message), status, media_type="application/json", headers=getattr(error, "headers", None)
     )

@@ -41,6 +41,10 @@ class Endpoint(Generic[T]):
             await _unless_gone(self._serve(state, body, reply), receive)
         except _Gone:
             pass
+        except asyncio.CancelledError:
+            if not self._state.draining:
+                raise
+            await reply.fail(ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down"))
         except Exception as error:
             await reply.fail(error)
 
@@ -109,21 +113,24 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     body = bytearray()
     told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     if int(told) > limit:
-        raise _too_large(limit)
+        raise _too_large(scope, limit)
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise _Gone
         body += message["body"]
         if len(body) > limit:
-            raise _too_large(limit)
+            raise _too_large(scope, limit)
         if not message.get("more_body"):
             return bytes(body)
 
 
-def _too_large(limit: int) -> ApiError:
+def _too_large(scope: Scope, limit: int) -> ApiError:
+    """What still comes of the body is dropped: a connection that is closed meanwhile may lose the answer."""
+    waits = any(name == b"expect" for name, _ in scope["headers"])  # then the body may come, or another request
     message = f"the body has more than max_body_bytes={limit}"
-    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, headers={"connection": "close"})
+    headers = {"connection": "close"} if waits else None
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, headers=headers)
 
 
 async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:

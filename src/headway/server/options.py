@@ -31,7 +31,12 @@ class ServeOptions:
     max_waiting: int = setting(2048, text="requests that may wait for the engine; further ones get status 429", low=0)
     chat_template: str | None = setting(text="file of the chat template to use instead of the model's")
     trust_request_chat_template: bool = setting(False, text="requests may bring a chat_template, which is a program")
-    max_body_bytes: int = setting(32 << 20, text="largest request body, in bytes", low=1)
+    client_timeout: float = setting(
+        30.0,
+        text="seconds in which a client must have sent a request, or 16 KiB of it, and taken what waits for it",
+        low=1,
+    )
+    max_body_bytes: int = setting(8 << 20, text="largest request body, in bytes", low=1)
     otlp_traces_endpoint: str | None = setting(
         text="send OpenTelemetry traces to this URL, such as http://localhost:4318/v1/traces (needs headway[otel])"
     )

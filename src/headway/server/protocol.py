@@ -18,8 +18,15 @@ from headway.server.errors import ApiError
 
 T = TypeVar("T")
 
+MAX_CONTAINERS = 200_000
+"""Of a body: making them, and Python's collector, keep the event loop for 0.1 s; for 7 s with the millions that fit."""
+MAX_MESSAGE = 500
+
 Messages = list[dict[str, Any]]
 TokenIds = list[int]
+Word = Annotated[str, msgspec.Meta(max_length=256)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=100)]
+"""Of candidates at a token: each costs some hundred bytes, at each of what may be millions of tokens."""
 Input = str | list[int | str | TokenIds]
 """A text, token ids, or a list of either."""
 
@@ -80,7 +87,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
-    stop: list[str] | str | None = None
+    stop: Annotated[list[str], msgspec.Meta(max_length=128)] | str | None = None
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
     response_format: ResponseFormat | None = None
@@ -90,14 +97,16 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[TokenIds, msgspec.Meta(max_length=4096)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
+    bad_words: Annotated[list[Word], msgspec.Meta(max_length=1024)] | None = (
+        None
+    )
+    prompt_logprobs: Count | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: int = 0
+    priority: Annotated[int, msgspec.Meta(ge=-(1 << 31), le=1 << 31)] = 0
     cache_salt: str | None = None
 
     user: str | None = None
@@ -135,7 +144,7 @@ class ChatRequest(Sampling, kw_only=True):
     messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
-    top_logprobs: int | None = None
+    top_logprobs: Count | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
@@ -160,7 +169,7 @@ class CompletionRequest(Sampling, kw_only=True):
 
     prompt: Input
     echo: bool | None = False
-    logprobs: int | None = None
+    logprobs: Count | None = None
     best_of: Literal[1] | None = None
 
     def given(self) -> dict[str, Any]:
@@ -174,10 +183,14 @@ class CompletionRequest(Sampling, kw_only=True):
 
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     """Raises ApiError, which names the field."""
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise ApiError(HTTPStatus.BAD_REQUEST, f"the body has more than {MAX_CONTAINERS} of [ and {{")
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         message = str(error)
+        if len(message) > MAX_MESSAGE:  # with a name that the client has chosen
+            message = f"{message[:MAX_MESSAGE]}…"
         raise ApiError(HTTPStatus.BAD_REQUEST, message, param=field_of(message)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {error}") from None

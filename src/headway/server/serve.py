@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from headway.server.app import make_app
+from headway.server.connection import connections
 from headway.server.state import State
 
 CLOSE_S = 1
@@ -44,7 +45,7 @@ async def serve(state: State, listener: socket.socket, wishes: Wishes, ready: Ca
     options = state.options
     config = uvicorn.Config(
         make_app(state),
-        http="httptools",
+        http=connections(options.client_timeout),
         ws="none",
         lifespan="off",
         log_level="warning",
@@ -63,8 +64,9 @@ async def serve(state: State, listener: socket.socket, wishes: Wishes, ready: Ca
     await first(serving, wishes.next())
     if not serving.done():
         await first(state.drain(), wishes.next(), asyncio.sleep(options.shutdown_timeout))
-        if state.running:
-            print(f"headway: ends with {state.running} requests unfinished", file=sys.stderr)
+        if state.tasks:
+            print(f"headway: ends with {len(state.tasks)} requests unfinished", file=sys.stderr)
+            state.cut()
         server.should_exit = True
     await serving
     if state.traces is not None:

@@ -35,22 +35,29 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
 async def tokenize(state: State, request: TokenizeRequest) -> bytes:
     state.check_model(request.model)
-    tokens = await asyncio.to_thread(_tokens, state, request)
-    answer: Record = {"count": len(tokens), "max_model_len": state.llm.config.model.max_model_len, "tokens": tokens}
-    if request.return_token_strs:
-        answer["token_strs"] = [state.llm.tokenizer.token_to_piece(token) for token in tokens]
-    return encode(answer)
+    return await asyncio.to_thread(_tokenized, state, request)
 
 
 async def detokenize(state: State, request: DetokenizeRequest) -> bytes:
     state.check_model(request.model)
+    return await asyncio.to_thread(_detokenized, state, request.tokens)
+
+
+def _detokenized(state: State, tokens: list[int]) -> bytes:
     size = state.llm.facts.vocab_size
-    wrong = next((token for token in request.tokens if not 0 <= token < size), None)
+    wrong = next((token for token in tokens if not 0 <= token < size), None)
     if wrong is not None:
         message = f"tokens={wrong}: token ids of this model are 0 to {size - 1}"
         raise ApiError(HTTPStatus.BAD_REQUEST, message, param="tokens")
-    text = await asyncio.to_thread(state.llm.tokenizer.decode, request.tokens, skip_special_tokens=False)
-    return encode({"prompt": text})
+    return encode({"prompt": state.llm.tokenizer.decode(tokens, skip_special_tokens=False)})
+
+
+def _tokenized(state: State, request: TokenizeRequest) -> bytes:
+    tokens = _tokens(state, request)
+    answer: Record = {"count": len(tokens), "max_model_len": state.llm.config.model.max_model_len, "tokens": tokens}
+    if request.return_token_strs:
+        answer["token_strs"] = [state.llm.tokenizer.token_to_piece(token) for token in tokens]
+    return encode(answer)
 
 
 def _tokens(state: State, request: TokenizeRequest) -> list[int]:

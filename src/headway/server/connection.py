@@ -1,0 +1,81 @@
+"""Connections whose clients get on with it: what uvicorn bounds neither in time nor in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request, without one of its body between: its head, trailers, the extensions of a chunk."""
+LEAST_BYTES = 16 << 10
+"""Of a request that takes longer than client_timeout, in each such time."""
+
+
+class Connection(HttpToolsProtocol):
+    """client_timeout: seconds for a request to come, or LEAST_BYTES of it; and for the client to take what waits."""
+
+    def __init__(self, client_timeout: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._timeout = client_timeout
+        self._bare = self._received = 0
+        self._reading: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._request_is_there()
+        self.resume_writing()
+
+    def data_received(self, data: bytes) -> None:
+        if self._reading is None and (not self.cycle or self.cycle.response_complete):
+            self._expect_request()
+        self._received += len(data)
+        self._bare += len(data)
+        super().data_received(data)
+        if self._bare > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request is too large.")
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._bare = 0
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._bare = 0
+        self._request_is_there()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self.loop.call_later(self._timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def _expect_request(self) -> None:
+        self._received = 0
+        self._reading = self.loop.call_later(self._timeout, self._check_reading)
+
+    def _request_is_there(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _check_reading(self) -> None:
+        if self._received >= LEAST_BYTES or self.flow.read_paused:
+            self._expect_request()
+        else:
+            self.transport.abort()
+
+
+def connections(client_timeout: float) -> Any:
+    """What uvicorn takes for a class of protocols."""
+    return partial(Connection, client_timeout)
