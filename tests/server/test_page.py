@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -92,9 +94,10 @@ def browser() -> Iterator[Chrome]:
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(options, Service(str(DRIVER)))
-    yield chrome
-    chrome.quit()
+    with TemporaryDirectory(ignore_cleanup_errors=True) as path:
+        chrome = Chrome(options, Service(str(DRIVER), env={**os.environ, "TMPDIR": path}))
+        yield chrome
+        chrome.quit()
 
 
 @pytest.fixture

@@ -46,7 +46,8 @@ class Traces:
     def __init__(self, endpoint: str, model: str) -> None:
         service = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "headway"), "service.version": __version__}
         self._provider = TracerProvider(resource=Resource.create(service), shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        exporter = OTLPSpanExporter(endpoint, timeout=2)  # s, which a lost collector may delay the server's end
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("headway", __version__)
         self._model = model
 
