@@ -243,3 +243,16 @@ def test_sigterm_to_all_processes_lets_every_front_end_finish_its_streams(begin:
     assert server.process.wait(10) == 0
     assert gone(list(pids.values()))
     assert len(server.log) == 1
+
+
+def test_what_a_second_signal_cuts_is_told_so(begin: Any) -> None:
+    server, client = begin(*REPLICAS[:3])
+    streams = [client.stream()[1] for _ in range(4)]
+    server.process.send_signal(signal.SIGTERM)
+    server.process.send_signal(signal.SIGINT)
+    for stream in streams:
+        _, events = stream.result()
+        assert events[-1]["error"]["message"] == "the server is shutting down"
+    assert server.process.wait(5) == 0
+    assert server.end() == 0
+    assert server.log[1:] == ["headway: ends with 4 requests unfinished\n"]

@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -30,8 +30,8 @@ class State:
     """names: that the model answers to, the first in answers. front_end: its number among those of the server. looks:
     whether it is the one that writes down how the engines are. data_parallel_rank: the replica that a request is for.
 
-    draining: the server ends once nothing runs. chat_template: in place of the model's. tools, thinks: what the chat
-    template teaches of calls and reasoning.
+    tasks: of requests that run. draining: the server ends once there are none. chat_template: in place of the model's.
+    tools, thinks: what the chat template teaches of calls and reasoning.
     """
 
     llm: AsyncLLM
@@ -41,7 +41,7 @@ class State:
     front_end: int = 0
     looks: bool = True
     data_parallel_rank: int | None = None
-    running: int = 0
+    tasks: set[asyncio.Task[Any] | None] = field(default_factory=set[asyncio.Task[Any] | None])
     draining: bool = False
     traces: Traces | None = None
     stats: RequestStats = field(init=False)
@@ -54,7 +54,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.stats = RequestStats(self.board, self.front_end)
-        self._entered(0)
+        self._count()
         path = self.options.chat_template
         self.chat_template = None if path is None else Path(path).read_text()
         template = "\n".join(self.llm.tokenizer.chat_templates.values()) if path is None else self.chat_template or ""
@@ -86,18 +86,20 @@ class State:
                 f"{self.most} requests run or wait, which is as many as may (max_waiting={self.options.max_waiting})"
             )
             raise ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, headers=retry)
-        self._entered(1)
+        task = asyncio.current_task()
+        self.tasks.add(task)
+        self._count()
         self.idle.clear()
         try:
             yield
         finally:
-            self._entered(-1)
-            if not self.running:
+            self.tasks.remove(task)
+            self._count()
+            if not self.tasks:
                 self.idle.set()
 
-    def _entered(self, change: int) -> None:
-        self.running += change
-        self.board.enter(self.front_end, self.running)
+    def _count(self) -> None:
+        self.board.enter(self.front_end, len(self.tasks))
 
     def for_replica(self, rank: int) -> State:
         """For a request that names its replica."""
@@ -108,5 +110,10 @@ class State:
     async def drain(self) -> None:
         """Refuses new requests from now on, and waits for those that run."""
         self.draining = True
-        if self.running:
+        if self.tasks:
             await self.idle.wait()
+
+    def cut(self) -> None:
+        """Their clients are told that the server ends."""
+        for task in filter(None, self.tasks):
+            task.cancel()
