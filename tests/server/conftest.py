@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 READY = re.compile(r"headway: (\S+) serves")
 START_S = 120
+ROOT = Path(__file__).parents[2]
 
 
 class Served:
@@ -21,7 +23,8 @@ class Served:
 
     def __init__(self, *words: str) -> None:
         command = [Path(sys.executable).with_name("headway"), "serve", *words, "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for executors of tests
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.log: list[str] = []
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -58,5 +61,14 @@ class Served:
 def served() -> Iterator[Served]:
     """SmolLM2 under default settings; shared by all tests that leave it as it was."""
     server = Served("smollm2-135m-instruct", "--threads", "1")
+    yield server
+    assert server.end() == 0, server.log
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[Served]:
+    """Without a model: what is slow, or fails, is the server. It waits for its clients for a second."""
+    executor = ("--distributed-executor-backend", "tests.server.wide:Wide")
+    server = Served("smollm2-135m-instruct", *executor, "--client-timeout", "1")
     yield server
     assert server.end() == 0, server.log
