@@ -143,7 +143,6 @@ def within(limit_s: float, happened: Callable[[], bool]) -> None:
 @pytest.fixture
 def begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., tuple[Served, Client]]]:
     """Starts a server; at the end nothing may be left of it."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     servers: list[tuple[Served, Client, list[int]]] = []
 
@@ -162,7 +161,7 @@ def begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     assert not list(tmp_path.iterdir())
 
 
-REPLICAS = ("smollm2-135m-instruct", "--distributed-executor-backend", "slow:SlowExecutor", "-dp", "2")
+REPLICAS = ("smollm2-135m-instruct", "--distributed-executor-backend", "tests.faults.slow:SlowExecutor", "-dp", "2")
 
 
 def test_a_killed_process_costs_no_more_than_what_it_was_streaming(begin: Any) -> None:
@@ -203,8 +202,9 @@ def test_a_killed_process_costs_no_more_than_what_it_was_streaming(begin: Any) -
     within(5, partial(gone, pids))
 
 
-def test_where_that_is_asked_for_a_killed_replica_ends_the_server(begin: Any) -> None:
-    server, client = begin(*REPLICAS, "--api-server-count", "2", "--on-engine-death", "exit")
+@pytest.mark.parametrize("front_ends", ["1", "2"])
+def test_where_that_is_asked_for_a_killed_replica_ends_the_server(begin: Any, front_ends: str) -> None:
+    server, client = begin(*REPLICAS, "--api-server-count", front_ends, "--on-engine-death", "exit")
     _, stream = client.stream(rank=1)
     os.kill(processes(server.process.pid)["headway-dp0"], signal.SIGKILL)
     assert code(stream.result()) == "engine_dead"
@@ -215,7 +215,10 @@ def test_where_that_is_asked_for_a_killed_replica_ends_the_server(begin: Any) ->
 
 def test_an_engine_that_lost_its_worker_starts_again_in_the_same_process(begin: Any, tiny_opt: Path) -> None:
     server, client = begin(str(tiny_opt), "--load-format", "dummy", "--distributed-executor-backend", "mp")
-    os.kill(processes(server.process.pid)["headway-rank0"], signal.SIGKILL)
+    worker = processes(server.process.pid)["headway-rank0"]
+    _, stream = client.stream()
+    os.kill(worker, signal.SIGKILL)
+    assert code(stream.result()) == "engine_dead"
     within(5, lambda: client.health() == (503, [False]))
     status, (body,) = client.ask().result()
     assert status == 503 and body["error"]["code"] == "engine_dead" and "rank 0" in body["error"]["message"]
