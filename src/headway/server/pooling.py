@@ -110,10 +110,9 @@ async def rerank(state: State, request: RerankRequest) -> bytes:
 
 
 def _inputs(given: Input) -> list[PromptInput]:
-    prompts = prompts_of("input", given)
-    if len(prompts) > MAX_INPUTS:
-        raise RequestError("input", f"{len(prompts)} prompts", f"must be at most {MAX_INPUTS}")
-    return prompts
+    if len(given) > MAX_INPUTS and isinstance(given, list) and not isinstance(given[0], int):
+        raise RequestError("input", f"{len(given)} prompts", f"must be at most {MAX_INPUTS}")
+    return prompts_of("input", given)
 
 
 def _base64(vector: Sequence[float]) -> str:
