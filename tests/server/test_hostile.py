@@ -18,7 +18,7 @@ from tests.server.conftest import Served
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 HEALTH_S = 2.0
-"""That /health may take meanwhile: far above what it does (0.2 s at worst, on a machine of its own), far below what an attack would want."""
+"""That /health may take meanwhile: 0.4 s is the worst on an idle machine, an attack would want far more."""
 
 
 def _connect(server: Served) -> socket.socket:
