@@ -25,7 +25,7 @@ from headway.executor.ray import placement
 from headway.llm.frontend import find
 from headway.llm.replicas import start_engines
 
-NODE = {"object_store_memory": 80 << 20}
+NODE: dict[str, Any] = {"object_store_memory": 80 << 20}
 PARAMS = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 WAIT_S = 30.0
 
@@ -96,14 +96,16 @@ async def tokens(llm: AsyncLLM, prompt: list[int], **options: Any) -> list[int]:
 
 
 async def up(llm: AsyncLLM, *wanted: bool) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while [health.up for health in llm.health()] != list(wanted):
-            await asyncio.sleep(0.01)
+    deadline = time.monotonic() + WAIT_S
+    while [health.up for health in llm.health()] != list(wanted):
+        assert time.monotonic() < deadline, llm.health()
+        await asyncio.sleep(0.01)
 
 
 def test_four_replicas_go_where_there_is_room(cluster: Cluster, settings: dict[str, Any]) -> None:
     two_cpus = {"bundle_per_worker": {"CPU": 2}}
-    with LLM(**{**settings, "data_parallel_size": 4}, placement_group_config=two_cpus) as llm:
+    settings["data_parallel_size"] = 4
+    with LLM(**settings, placement_group_config=two_cpus) as llm:
         assert places() == sorted([head(cluster), head(cluster), "127.0.0.2", "127.0.0.2"])
         assert {group["strategy"] for group in groups()} == {"STRICT_PACK"}
         assert sorted(llm.executor_info.pids) == sorted(replica_processes())
@@ -153,9 +155,10 @@ def test_an_address_of_no_node_is_refused_with_the_nodes(cluster: Cluster, setti
 
 
 def test_a_cluster_without_room_is_told_with_what_it_has_and_what_was_asked(settings: dict[str, Any]) -> None:
+    settings["data_parallel_size"] = 3
     with pytest.raises(EngineError) as caught:
         LLM(
-            **{**settings, "data_parallel_size": 3},
+            **settings,
             data_parallel_size_local=0,
             placement_group_config={"bundle_per_worker": {"CPU": 3}},
             placement_group_timeout_s=1,
@@ -176,14 +179,17 @@ def test_what_no_replica_can_load_is_the_callers_error(
 ) -> None:
     (tmp_path / "config.json").write_bytes((tiny_opt / "config.json").read_bytes())
     with pytest.raises(ModelError):
-        LLM(**{**settings, "model": str(tmp_path), "load_format": "auto"})
+        LLM(**settings | {"model": str(tmp_path), "load_format": "auto"})
 
 
 async def test_replicas_wait_for_a_node_and_outlive_it(
     cluster: Cluster, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(placement, "_SILENT_S", 0.1)
-    elsewhere = {"data_parallel_size_local": 1, "placement_group_config": {"bundle_per_worker": {"room": 1}}}
+    elsewhere: dict[str, Any] = {
+        "data_parallel_size_local": 1,
+        "placement_group_config": {"bundle_per_worker": {"room": 1}},
+    }
     starting = asyncio.create_task(asyncio.to_thread(AsyncLLM, **settings, **elsewhere))
     while (
         not starting.done()
