@@ -18,7 +18,7 @@ from tests.server.conftest import Served
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 HEALTH_S = 2.0
-"""That /health may take meanwhile: 0.4 s is the worst on an idle machine, an attack would want far more."""
+"""That /health may take meanwhile: 0.4 s was the worst seen beside other work, 1.2 s beside 500 clients."""
 
 
 def _connect(server: Served) -> socket.socket:

@@ -19,7 +19,7 @@ from headway.server.errors import ApiError
 T = TypeVar("T")
 
 MAX_CONTAINERS = 200_000
-"""Of a body: making them, and Python's collector, keep the event loop for 0.1 s; for 7 s with the millions that fit."""
+"""Of a body: decoding 700,000 of them held the event loop for 0.5 s, 2.8 millions (8 MiB) for 7 s."""
 MAX_MESSAGE = 500
 
 Messages = list[dict[str, Any]]
@@ -100,9 +100,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: Annotated[TokenIds, msgspec.Meta(max_length=4096)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
-    bad_words: Annotated[list[Word], msgspec.Meta(max_length=1024)] | None = (
-        None
-    )
+    bad_words: Annotated[list[Word], msgspec.Meta(max_length=1024)] | None = None
     prompt_logprobs: Count | None = None
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
