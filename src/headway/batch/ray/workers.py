@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
@@ -87,7 +88,8 @@ class FlowWorker:
         return self._work.table(rows, block)
 
     def __del__(self) -> None:
-        self._submit(self._flow.close()).result()
+        if not sys.is_finalizing():  # then the loop's thread is no more, and the wait would never end
+            self._submit(self._flow.close()).result()
 
     def _submit(self, work: Coroutine[Any, Any, object]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
