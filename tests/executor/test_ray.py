@@ -58,7 +58,7 @@ def nothing_is_left(cluster: str) -> Generator[None]:
 
 def wait_until(state: Callable[[], Any], wanted: object) -> None:
     """Ray ends processes of other nodes, and frees what they held, in its own time."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while (now := state()) != wanted:
         assert time.monotonic() < deadline, now
         time.sleep(0.01)
