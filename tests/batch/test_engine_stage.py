@@ -152,10 +152,10 @@ def test_a_shared_engine_is_one_and_ends_with_its_last_user() -> None:
 class Killer:
     """Submits rows to a stage over a worker process, which it kills while certain rows run."""
 
-    def __init__(self, kills: int, victims: set[int]) -> None:
+    def __init__(self, kills: int, victims: set[int], max_tokens: int = 40) -> None:
         settings = {"model": MODEL, **SMALL, "distributed_executor_backend": "mp"}
         self.lease = Lease(settings)
-        self.stage = EngineStage(self.lease, EngineOptions(sampling={"max_tokens": 40, "ignore_eos": True}))
+        self.stage = EngineStage(self.lease, EngineOptions(sampling={"max_tokens": max_tokens, "ignore_eos": True}))
         self.kills, self.victims = kills, victims
         self.failed: list[BaseException] = []
 
@@ -213,6 +213,6 @@ def test_a_row_that_kills_engines_fails_and_the_others_are_answered() -> None:
 
 
 def test_a_job_ends_when_engines_fail_whatever_runs() -> None:
-    killer = Killer(kills=99, victims=set(range(8)))
+    killer = Killer(kills=99, victims=set(range(8)), max_tokens=200)  # none may be done before its engine is killed
     asyncio.run(killer.run(8))
     assert [type(error).__name__ for error in killer.failed] == ["WorkerDied"]

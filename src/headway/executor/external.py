@@ -140,7 +140,7 @@ class ExternalExecutor:
     def health(self) -> None:
         if self._error is not None:
             raise self._error
-        self._running().health()
+        self._started().health()
 
     def close(self, timeout: float = 5.0) -> None:
         if self._peers is not None:
@@ -193,6 +193,9 @@ class ExternalExecutor:
     def _running(self) -> UniExecutor:
         if self._error is not None:
             raise EngineDead(f"another rank failed before: {self._error}") from self._error
+        return self._started()
+
+    def _started(self) -> UniExecutor:
         if self._uni is None:
             raise EngineDead("the executor is not running")
         return self._uni
