@@ -12,7 +12,7 @@ from tests.llm.conftest import FACTS, FakeFrontends
 from headway.errors import EngineDead, RequestError
 from headway.executor.fake import FakeModel
 from headway.llm import LLM, AsyncLLM
-from headway.messages import RequestOutput, SamplingParams
+from headway.messages import PoolingParams, RequestOutput, SamplingParams
 
 SEEDED = SamplingParams(seed=7, max_tokens=12, ignore_eos=True)
 
@@ -184,6 +184,16 @@ async def test_pooling_awaits_one_output(fake: FakeFrontends) -> None:
         found = await asyncio.gather(llm.embed("a"), llm.embed("b"))
         assert [o.data for o in found] == [o.data for o in expected]
         assert [o.data for o in await llm.score("a", ["a", "b"])] == [o.data for o in scores]
+
+
+async def test_a_prompt_that_fails_ends_those_that_are_pooled_with_it(fake: FakeFrontends) -> None:
+    encoder = replace(FACTS, kind="encoder", num_kv_heads=0, vocab_size=49152)
+    async with AsyncLLM.over(*fake(FakeModel(latency_s=0.2), facts=encoder)) as llm:
+        with pytest.raises(RequestError, match="at least 1"):
+            await llm.pool(["a", "b", ""], PoolingParams())
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.wait(others)
+        assert [one.cancelled() for one in others] == [True, True]
 
 
 async def test_a_failure_of_the_executor_reaches_every_caller(fake: FakeFrontends) -> None:

@@ -27,7 +27,7 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     ([1 << 40], "prompt_token_ids"),
     ([5] * 256, "prompt"),
     ([5] * 300, "prompt"),
-    ([5, None], "prompt"),
+    ([5, None], "prompt_token_ids"),
     ("\ud800", "prompt"),
     ({"prompt_token_ids": [5], "cache_salt": 3}, "cache_salt"),
     (PromptInput(), "prompt"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,3 +150,16 @@ def test_logprobs_carry_tokens_as_they_read_in_the_text(tokenizer: Tokenizer) ->
     assert found == [(paris, 2, -1.5, " Paris"), (the, 1, -0.5, " the")]
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == 3
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_samples_share_what_is_known_of_their_prompt(tokenizer: Tokenizer, delta: bool) -> None:
+    made = result(tokenizer, SamplingParams(n=2, prompt_logprobs=0), delta=delta)
+    row = RowLogprobs(token_ids=[5], logprobs=[-1.5], rank=2)
+    told = [
+        made.feed(EngineOutput(request_id=f"r/{i}", token_ids=[5], prompt_logprobs=[row], finish_reason="length"))[0]
+        for i in range(2)
+    ]
+    known = [output.prompt_logprobs for output in told if output is not None]
+    assert len(known) == (2 if delta else 1)
+    assert all(one is known[0] and one is not None and len(one) == 2 for one in known)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,3 +54,10 @@ def test_text_that_cannot_become_a_stop_string_is_shown_at_once() -> None:
     assert machine.push("Hello.\n") == ("Hello.", None)
     assert machine.push("\nMore") == ("\n\nMore", None)
     assert machine.push("\n\nUser: hi") == ("", "\n\nUser:")
+
+
+def test_text_that_is_held_back_is_not_searched_again() -> None:
+    machine = StopStrings(["a" * 30_000 + "b", *(f"{'a' * i}b{'a' * i}" for i in range(20, 147))])
+    began = time.perf_counter()
+    assert {machine.push("aaaa") for _ in range(4000)} == {("", None)}
+    assert time.perf_counter() - began < 2

@@ -112,8 +112,22 @@ class AsyncLLM(Client[EngineClient]):
     ) -> list[PooledOutput]:
         """As LLM.score."""
         scoring = await asyncio.to_thread(self.scoring, text_1, text_2)
-        pooling = (self._pool(prompt, scoring.params, data_parallel_rank) for prompt in scoring.prompts)
-        return scoring.results(list(await asyncio.gather(*pooling)))
+        outputs = await self.pool(scoring.prompts, scoring.params, data_parallel_rank)
+        return await asyncio.to_thread(scoring.results, outputs)
+
+    async def pool(
+        self, prompts: Sequence[Prompt], params: PoolingParams, data_parallel_rank: int | None = None
+    ) -> list[PooledOutput]:
+        """One for each prompt. If one of them fails, the others end."""
+        tasks: list[asyncio.Task[PooledOutput]] = []
+        try:
+            for prompt in prompts:
+                tasks.append(asyncio.ensure_future(self._pool(prompt, params, data_parallel_rank)))
+                await asyncio.sleep(0)  # it begins, which takes up to 2 ms: others have their turn between
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def stream(self, done: OnAnswers[K]) -> PromptStream[K]:
         """For very many prompts: see PromptStream. To be used on the running event loop."""
@@ -196,5 +210,9 @@ async def _aborted(requests: list[Request]) -> AsyncGenerator[EngineOutput, None
 
 def _is_quick(item: PromptInput, params: Params) -> bool:
     """Whether preparing takes less time than another thread would."""
-    constrained = isinstance(params, SamplingParams) and params.structured is not None
-    return not constrained and len(item.text or "") <= INLINE_CHARS
+    size = len(item.text or "")
+    if isinstance(params, SamplingParams):
+        if params.structured is not None:
+            return False
+        size += sum(map(len, params.bad_words or ()))
+    return size <= INLINE_CHARS

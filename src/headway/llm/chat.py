@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn, cast
 
 import jinja2
@@ -29,8 +30,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._templates = tokenizer.chat_templates
         self._special_tokens = tokenizer.special_tokens
-        self._environment = _environment()
-        self._compiled: dict[str, jinja2.Template] = {}
+        self._compiled = lru_cache(16)(_environment().from_string)  # requests may bring theirs
 
     def render(
         self,
@@ -70,12 +70,10 @@ class ChatRenderer:
         return self._templates[name]
 
     def _template(self, source: str) -> jinja2.Template:
-        if source not in self._compiled:
-            try:
-                self._compiled[source] = self._environment.from_string(source)
-            except jinja2.TemplateSyntaxError as error:
-                raise RequestError("chat_template", source, f"{error.message} in line {error.lineno}") from error
-        return self._compiled[source]
+        try:
+            return self._compiled(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise RequestError("chat_template", source, f"{error.message} in line {error.lineno}") from error
 
 
 def is_begun(messages: Any) -> bool:

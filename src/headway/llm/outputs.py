@@ -111,9 +111,12 @@ class GeneratedResult:
         self._unfinished -= sample.finished
         self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         must_abort = sample.stopped_here and output.finish_reason is None
+        if output.prompt_logprobs is not None and self._prompt_logprobs is None:  # all samples have the same
+            known = (decode_logprobs(self._tokenizer, row) for row in output.prompt_logprobs)
+            self._prompt_logprobs = [None, *known]
         if self._prepared.delta:
-            return self._output([completion], self._decode_prompt(output.prompt_logprobs)), must_abort
-        self._prompt_logprobs = self._decode_prompt(output.prompt_logprobs) or self._prompt_logprobs
+            known = None if output.prompt_logprobs is None else self._prompt_logprobs
+            return self._output([completion], known), must_abort
         sample.whole = completion if sample.whole is None else _joined(sample.whole, completion)
         if not self.finished:
             return None, must_abort
@@ -132,9 +135,6 @@ class GeneratedResult:
             num_cached_tokens=self._num_cached_tokens,
             prompt_logprobs=prompt_logprobs,
         )
-
-    def _decode_prompt(self, rows: list[RowLogprobs] | None) -> list[dict[int, Logprob] | None] | None:
-        return None if rows is None else [None, *(decode_logprobs(self._tokenizer, row) for row in rows)]
 
 
 class PooledResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 import msgspec
@@ -62,6 +63,7 @@ class Processor:
         self._grammar = grammar
         self._random = random.Random(config.model.seed)
         self._eos = list(dict.fromkeys((*tokenizer.eos_token_ids, *facts.eos_token_ids)))
+        self._bad_words = lru_cache(4)(self._tokenize_words)  # the prompts of one caller have the same
 
     def prepare(
         self,
@@ -108,7 +110,9 @@ class Processor:
     def _input(self, prompt: Prompt) -> PromptInput:
         """Refuses a text that cannot be encoded, or cannot fit, before gigabytes, or other prompts, go with it."""
         item = as_input(prompt)
-        text, limit = item.text or "", self._config.model.max_model_len
+        text, length, limit = item.text or "", len(item.token_ids or ()), self._config.model.max_model_len
+        if length > limit:
+            raise RequestError("prompt", f"{length} tokens", f"prompt has {length} tokens; max_model_len is {limit}")
         check_text(text)
         if len(text) > limit and (least := self._tokenizer.fewest_tokens(text)) > limit:
             accepted = f"prompt has at least {least} tokens; max_model_len is {limit}"
@@ -225,7 +229,7 @@ class Processor:
         eos = [] if params.ignore_eos else self._eos
         return _Decided(
             stop_token_ids=list(dict.fromkeys((*eos, *(params.stop_token_ids or ())))),
-            bad_words_ids=self._bad_words(params.bad_words or ()),
+            bad_words_ids=self._bad_words(tuple(params.bad_words or ())),
             needs_text=bool(params.stop_strings),
         )
 
@@ -238,7 +242,7 @@ class Processor:
         if params.dimensions is not None and params.dimensions > self._facts.hidden_size:
             raise RequestError("dimensions", params.dimensions, f"must be at most {self._facts.hidden_size}")
 
-    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
+    def _tokenize_words(self, words: tuple[str, ...]) -> list[list[int]]:
         """Each word as it starts a text and as it follows a space: they are different tokens."""
         if not all(word.strip() for word in words):
             raise RequestError("bad_words", list(words), "a word must have a character that is not a space")
