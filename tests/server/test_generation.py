@@ -218,6 +218,14 @@ def test_a_prompt_may_be_scored_alone(client: openai.OpenAI, tokenizer: Tokenize
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_what_ends_a_prompt_alone_is_its_length(client: openai.OpenAI, tokenizer: Tokenizer, stream: bool) -> None:
+    bias = {str(tokenizer.eos_token_ids[0]): 100}
+    said = complete(client, prompt="Once", echo=True, max_tokens=0, logit_bias=bias, stream=stream)
+    (choice,) = next(iter(said)).choices if stream else said.choices
+    assert (choice.text, choice.finish_reason) == ("Once", "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_several_prompts_are_answered_side_by_side(client: openai.OpenAI, tokenizer: Tokenizer, stream: bool) -> None:
     texts = ["The capital of France is", "One two three", "Once upon a time"]
     alone = [complete(client, prompt=text).choices[0].text for text in texts]
@@ -293,11 +301,14 @@ NEEDLESS = {"type": "function", "function": {"name": "f"}}
         ("tools", [NEEDLESS]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_object", "json_schema": {"schema": {"type": "object"}}}),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}),
         ("structured_outputs", {"regex": "("}),
         ("structured_outputs", {"regex": "a", "choice": ["b"]}),
         ("structured_outputs", {"xml": ""}),
+        ("logit_bias", {str(token): 1 for token in range(5000)}),
         ("messages", []),
+        ("messages", [{"role": "user", "content": "word " * 20_000}]),
         ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
     ],
 )

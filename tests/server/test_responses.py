@@ -71,6 +71,12 @@ def test_events_tell_the_same_as_the_response(client: openai.OpenAI) -> None:
     ]
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ANSWER
     assert events[-1].response.usage.output_tokens == 8
+    assert events[0].response.output == []
+
+
+def test_what_openai_lets_be_null_may_be(client: openai.OpenAI) -> None:
+    nulls = dict.fromkeys(["stream", "store", "truncation", "instructions", "metadata"])
+    assert respond(client, extra_body=nulls).output_text == ANSWER
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -106,9 +112,12 @@ def test_a_format_holds(client: openai.OpenAI) -> None:
         ("input", []),
         ("input", [{"type": "file"}]),
         ("input", [{"role": "user", "content": [{"type": "input_image"}]}]),
+        ("input", [{"role": "user", "content": 5}]),
+        ("input", "word " * 20_000),
         ("tools", [{"type": "web_search"}]),
         ("tools", [TOOL]),
         ("text", {"format": {"type": "json_schema", "schema": {"type": 5}, "name": "s"}}),
+        ("text", {"format": {"type": "text", "schema": {"type": "object"}, "name": "s"}}),
     ],
 )
 def test_what_cannot_be_honoured_is_named(client: openai.OpenAI, field: str, value: object) -> None:

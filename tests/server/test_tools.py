@@ -158,6 +158,12 @@ def test_a_request_may_bring_a_template_where_they_are_trusted(client: openai.Op
     assert usage.prompt_tokens < ask(client, max_tokens=1).usage.prompt_tokens
 
 
+def test_a_conversation_is_tokenised_as_the_servers_template_has_it(client: openai.OpenAI) -> None:
+    url = str(client.base_url).replace("/v1/", "/tokenize")
+    told: Any = client.post(url, body={"messages": ASKED, "tools": TOOLS}, cast_to=object)
+    assert told["count"] == ask(client, tools=TOOLS, max_tokens=1).usage.prompt_tokens
+
+
 def test_priorities_are_taken_where_the_policy_has_them(client: openai.OpenAI) -> None:
     assert ask(client, extra={"priority": 3}, max_tokens=1).choices
 
@@ -169,6 +175,7 @@ def test_priorities_are_taken_where_the_policy_has_them(client: openai.OpenAI) -
         ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "nobody"}}}),
         ("tool_choice", {"tool_choice": {"type": "allowed_tools"}}),
         ("response_format", {"response_format": {"type": "json_object"}}),
+        ("structured_outputs", {"tool_choice": "required", "extra": {"structured_outputs": {"regex": "a"}}}),
         ("tools", {"tools": [{"type": "function", "function": {"name": 5}}]}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 5}}}]}),
     ],
@@ -177,7 +184,7 @@ def test_what_cannot_be_honoured_is_named(client: openai.OpenAI, field: str, fie
     if field == "tools":
         fields["tool_choice"] = "required"
     with pytest.raises(openai.BadRequestError, match=field) as caught:
-        ask(client, "", None, **{"tools": TOOLS, **fields})
+        ask(client, **{"tools": TOOLS, **fields})
     assert (caught.value.param or "").startswith(field)
 
 

@@ -25,7 +25,7 @@ from headway.server.answers import (
 from headway.server.endpoint import Answer, Stream
 from headway.server.generation import chat_prompt, check, check_end, run, sampling, whole
 from headway.server.protocol import ChatRequest
-from headway.server.reading import ANSWER, THINK, Call, Content, Message, Part, Reader, Thinking, call_id
+from headway.server.reading import ANSWER, THINK, Call, Content, Kind, Message, Part, Reader, Thinking, call_id
 from headway.server.state import State
 from headway.server.tools import tool_use
 from headway.tokenizers import Tokenizer
@@ -33,14 +33,11 @@ from headway.tokenizers import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A conversation's next answer. reader: of each sample; None if its text is all content."""
+    """A conversation's next answer. reader: of each sample."""
 
     prompt: PromptInput
     params: SamplingParams
-    reader: Callable[[], Reader] | None
-
-    def new_reader(self) -> Reader:
-        return self.reader() if self.reader else Content()
+    reader: Callable[[], Reader]
 
 
 async def prepare(state: State, request: ChatRequest) -> Turn:
@@ -54,7 +51,7 @@ async def prepare(state: State, request: ChatRequest) -> Turn:
         return Turn(prompt, params, tools.reader)
     # A constraint begins with the text and knows of no reasoning.
     inside = params.structured is None and (prompt.text or "").rstrip().endswith(THINK)
-    return Turn(prompt, params, lambda: Thinking(inside, tools.reader() if tools.reader else Content()))
+    return Turn(prompt, params, lambda: Thinking(inside, tools.reader()))
 
 
 async def chat(state: State, request: ChatRequest) -> Answer:
@@ -62,7 +59,7 @@ async def chat(state: State, request: ChatRequest) -> Answer:
     if request.stream:
         return _stream(state, turn, request)
     (output,) = await whole(state, [turn.prompt], turn.params, request)
-    messages = [Message.read(turn.new_reader(), sample.text) for sample in output.outputs]
+    messages = [Message.read(turn.reader(), sample.text) for sample in output.outputs]
     top = request.top_logprobs or 0
     record = {
         **Head("chatcmpl", "chat.completion", state.names[0]).record(),
@@ -113,12 +110,12 @@ class _Choice:
 
     def __init__(self, index: int, turn: Turn, chunks: Chunks, top: int) -> None:
         self._index, self._chunks, self._top = index, chunks, top
-        self._reader = turn.reader() if turn.reader else None
+        self._reader = turn.reader()
         self._reasoned, self._calls = False, 0
         self._token_ids: list[int] = []
         self._is_bare = turn.params.logprobs is None and not chunks.continuous
+        self._is_plain = self._is_bare and turn.reader is Content
         self._around: dict[str, tuple[bytes, bytes]] = {}
-        self._before, self._after = chunks.around(self._choice({"content": TEXT}))
 
     @property
     def thoughts(self) -> list[int]:
@@ -130,9 +127,8 @@ class _Choice:
 
     def feed(self, sample: Completion) -> bytes:
         """Empty if there is nothing to tell yet."""
-        if self._reader is None and self._is_bare and sample.finish_reason is None:
-            # What most chunks are: text between bytes that are there already.
-            return self._before + encode(sample.text) + self._after if sample.text else b""
+        if self._is_plain and sample.finish_reason is None:  # as most chunks are
+            return self._text("content", sample.text) if sample.text else b""
         check_end(sample)
         parts = self._parts(sample)
         if self._is_bare:
@@ -148,8 +144,6 @@ class _Choice:
         return b"".join(events)
 
     def _parts(self, sample: Completion) -> list[Part]:
-        if self._reader is None:
-            return [Part("content", sample.text)] if sample.text else []
         self._token_ids += sample.token_ids
         parts = self._reader.push(sample.text)
         if sample.finish_reason is not None:
@@ -160,10 +154,14 @@ class _Choice:
     def _event(self, part: Part) -> bytes:
         if part.kind == "call":
             return self._chunks.event(self._choice(self._delta(part)))
-        if part.kind not in self._around:
-            self._around[part.kind] = self._chunks.around(self._choice({part.kind: TEXT}))
-        before, after = self._around[part.kind]
-        return before + encode(part.text) + after
+        return self._text(part.kind, part.text)
+
+    def _text(self, kind: Kind, text: str) -> bytes:
+        """Between bytes that are there already."""
+        if kind not in self._around:
+            self._around[kind] = self._chunks.around(self._choice({kind: TEXT}))
+        before, after = self._around[kind]
+        return before + encode(text) + after
 
     def _delta(self, part: Part) -> Record:
         if part.kind != "call":

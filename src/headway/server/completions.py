@@ -46,7 +46,9 @@ def _is_echo_alone(request: CompletionRequest) -> bool:
 
 
 def _clear(sample: Completion) -> None:
+    check_end(sample)
     sample.text, sample.token_ids, sample.logprobs = "", [], sample.logprobs and []
+    sample.finish_reason, sample.stop_reason = "length", None
 
 
 async def _stream(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 
 import msgspec
 
-from headway.errors import EngineError, FieldError, UserError
+from headway.errors import EngineError, FieldError, RequestError, UserError
 
 RETRY_AFTER_S = 1
 
@@ -51,6 +53,18 @@ def api_error(error: Exception) -> ApiError:
         message, headers = f"the engine has failed: {error}", {"retry-after": str(RETRY_AFTER_S)}
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, code="engine_dead", headers=headers)
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, f"the server has failed: {type(error).__name__}")
+
+
+@contextmanager
+def named(names: Mapping[str, str]) -> Generator[None]:
+    """Fields that are to blame go by the client's names for them, where those are others."""
+    try:
+        yield
+    except RequestError as error:
+        name = names.get(re.split(r"[.\[]", error.field)[0])
+        if name is None:
+            raise
+        raise RequestError(name, error.value, error.accepted) from error
 
 
 _TYPES = {

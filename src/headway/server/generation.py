@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -15,11 +15,14 @@ from headway.errors import RequestError
 from headway.llm.async_llm import INLINE_CHARS
 from headway.llm.prompts import PromptInput
 from headway.messages import Completion, RequestOutput, SamplingParams, StructuredOutput
-from headway.server.errors import ApiError
+from headway.server.errors import ApiError, named
 from headway.server.protocol import ChatRequest, Sampling
 from headway.server.state import State
 
 Outputs = AsyncGenerator[RequestOutput, None]
+
+MAX_PROMPT_LOGPROBS = 2_000_000
+"""Of a request, in all: 16 millions held the event loop for 8 s."""
 
 
 def check(state: State, request: Sampling) -> None:
@@ -38,7 +41,7 @@ def check(state: State, request: Sampling) -> None:
 def sampling(request: Sampling, defaults: SamplingParams, **more: object) -> SamplingParams:
     """more: in place of what the request says. Raises RequestError."""
     given: dict[str, Any] = {**request.given(), **more}
-    with _client_names(request):
+    with named(_names(request)):
         if "structured" in given:
             given["structured"] = StructuredOutput(**given["structured"])
         return msgspec.structs.replace(defaults, **given)
@@ -57,7 +60,7 @@ async def chat_prompt(state: State, request: ChatRequest, tools: list[dict[str, 
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
     )
-    is_quick = len(msgspec.json.encode((request.messages, tools))) <= INLINE_CHARS
+    is_quick = len(msgspec.json.encode((request.messages, tools, request.chat_template_kwargs))) <= INLINE_CHARS
     return render() if is_quick else await asyncio.to_thread(render)
 
 
@@ -66,7 +69,7 @@ async def run(
     state: State, prompts: list[PromptInput], params: SamplingParams, request: Sampling
 ) -> AsyncGenerator[Outputs]:
     """The prompts' outputs as they come; samples are numbered through all prompts. Leaving it ends what still runs."""
-    _check_size(state, prompts, params.n)
+    _check_size(state, prompts, params)
     streams = [
         state.stats.watch(
             state.llm.generate(
@@ -75,14 +78,15 @@ async def run(
                 priority=request.priority,
                 stream=bool(request.stream),
                 data_parallel_rank=state.data_parallel_rank,
-            )
+            ),
+            bool(request.stream),
         )
         for prompt in prompts
     ]
     outputs = streams[0] if len(streams) == 1 else _merged(streams, params.n)
     if state.traces is not None:
         outputs = state.traces.watch(outputs, params, bool(request.stream))
-    with _client_names(request):
+    with named(_names(request)):
         async with aclosing(outputs):
             yield outputs
 
@@ -106,14 +110,15 @@ def check_end(sample: Completion) -> None:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the request was aborted")
 
 
-def _check_size(state: State, prompts: list[PromptInput], n: int) -> None:
+def _check_size(state: State, prompts: list[PromptInput], params: SamplingParams) -> None:
+    n = params.n
     if len(prompts) * n > state.most:
         accepted = f"at most {state.most} samples, of all prompts together, may run or wait"
         raise RequestError("prompt" if len(prompts) > 1 else "n", f"{len(prompts)} prompts, n={n}", accepted)
-    limit = state.llm.config.model.max_model_len
-    longest = max(len(prompt.token_ids or ()) for prompt in prompts)
-    if longest > limit:  # said before anybody looks at each of what may be millions
-        raise RequestError("prompt", f"{longest} tokens", f"max_model_len is {limit}")
+    length, count = sum(len(prompt.token_ids or prompt.text or "") for prompt in prompts), params.prompt_logprobs
+    if count is not None and n * length * (1 + count) > MAX_PROMPT_LOGPROBS:
+        accepted = f"of {n} samples, and prompts of {length} characters or tokens, at most {MAX_PROMPT_LOGPROBS} in all"
+        raise RequestError("prompt_logprobs", count, accepted)
 
 
 async def _merged(streams: list[Outputs], n: int) -> Outputs:
@@ -148,13 +153,14 @@ async def _merged(streams: list[Outputs], n: int) -> Outputs:
         await asyncio.gather(together, *tasks, return_exceptions=True)
 
 
-@contextmanager
-def _client_names(request: Sampling) -> Generator[None]:
-    """Structured output is told of under the name that the client has given it."""
-    try:
-        yield
-    except RequestError as error:
-        if not error.field.startswith("structured"):
-            raise
-        fields = (name for name in ("structured_outputs", "response_format") if getattr(request, name) is not None)
-        raise RequestError(next(fields, "tools"), error.value, error.accepted) from error
+def _names(request: Sampling) -> dict[str, str]:
+    """What the client calls what it has given."""
+    structured = (name for name in ("structured_outputs", "response_format") if getattr(request, name) is not None)
+    prompt = "messages" if isinstance(request, ChatRequest) else "prompt"
+    known = "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"  # of a completion with echo
+    return {
+        "structured": next(structured, "tools"),
+        "prompt": prompt,
+        "prompt_token_ids": prompt,
+        "prompt_logprobs": known,
+    }

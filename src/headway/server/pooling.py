@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from array import array
 from collections.abc import Sequence
@@ -12,15 +11,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from headway.errors import RequestError
-from headway.llm.prompts import PromptInput
 from headway.messages import PooledOutput, PoolingParams
 from headway.server.answers import Head, Record, encode
-from headway.server.errors import ApiError
+from headway.server.errors import ApiError, named
 from headway.server.protocol import Input, prompts_of
 from headway.server.state import State
 
 MAX_INPUTS = 2048
-"""Of one request, as OpenAI has it. The event loop takes 0.1 ms for each, at once."""
+"""Of one request, as OpenAI has it."""
 Texts = Annotated[list[str], msgspec.Meta(max_length=MAX_INPUTS)]
 
 
@@ -67,8 +65,7 @@ class RerankRequest(Pooled, kw_only=True):
 async def embeddings(state: State, request: EmbeddingRequest) -> bytes:
     state.check_model(request.model)
     params = PoolingParams(task="embed", normalize=request.normalize, dimensions=request.dimensions)
-    prompts = _inputs(request.input)
-    outputs = await asyncio.gather(*(state.llm.embed(prompt, params, state.data_parallel_rank) for prompt in prompts))
+    outputs = await _pooled(state, request.input, params)
     form = _base64 if request.encoding_format == "base64" else list[float]
     data = [{"object": "embedding", "index": i, "embedding": form(one.data)} for i, one in enumerate(outputs)]
     return encode({"object": "list", "data": data, "model": state.names[0], "usage": _usage(state, outputs)})
@@ -77,9 +74,7 @@ async def embeddings(state: State, request: EmbeddingRequest) -> bytes:
 async def classify(state: State, request: ClassifyRequest) -> bytes:
     state.check_model(request.model)
     params = PoolingParams(task="classify", activation=request.activation)
-    prompts = _inputs(request.input)
-    rank = state.data_parallel_rank
-    outputs = await asyncio.gather(*(state.llm.classify(prompt, params, rank) for prompt in prompts))
+    outputs = await _pooled(state, request.input, params)
     data: list[Record] = []
     for i, one in enumerate(outputs):
         best = max(range(len(one.data)), key=one.data.__getitem__)
@@ -109,10 +104,11 @@ async def rerank(state: State, request: RerankRequest) -> bytes:
     return encode({"id": head.id, "model": head.model, "results": results, "usage": _usage(state, outputs)})
 
 
-def _inputs(given: Input) -> list[PromptInput]:
+async def _pooled(state: State, given: Input, params: PoolingParams) -> list[PooledOutput]:
     if len(given) > MAX_INPUTS and isinstance(given, list) and not isinstance(given[0], int):
         raise RequestError("input", f"{len(given)} prompts", f"must be at most {MAX_INPUTS}")
-    return prompts_of("input", given)
+    with named({"prompt": "input", "prompt_token_ids": "input"}):
+        return await state.llm.pool(prompts_of("input", given), params, state.data_parallel_rank)
 
 
 def _base64(vector: Sequence[float]) -> str:

@@ -65,11 +65,11 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def structured(self) -> dict[str, Any] | None:
         if self.type not in ("text", "json_object", "json_schema"):
             raise RequestError("response_format.type", self.type, "must be text, json_object or json_schema")
-        if self.type != "json_schema":
-            return None if self.type == "text" else {"json": {}}
-        if self.json_schema is None:
-            raise RequestError("response_format.json_schema", None, "is needed, with a schema")
-        return {"json": self.json_schema.schema}
+        if (self.json_schema is None) is (self.type == "json_schema"):
+            raise RequestError("response_format.json_schema", self.json_schema, "belongs to type json_schema")
+        if self.json_schema is not None:
+            return {"json": self.json_schema.schema}
+        return None if self.type == "text" else {"json": {}}
 
 
 class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -88,7 +88,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     frequency_penalty: float | None = None
     seed: int | None = None
     stop: Annotated[list[str], msgspec.Meta(max_length=128)] | str | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], msgspec.Meta(max_length=4096)] | None = None
     max_tokens: int | None = None
     response_format: ResponseFormat | None = None
     store: bool | None = False

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from itertools import chain, count
 from uuid import uuid4
 
@@ -13,6 +12,7 @@ from headway.errors import RequestError
 from headway.server.answers import Record, Usage, encode, usage_of
 from headway.server.chat import Turn, prepare, thinking_tokens
 from headway.server.endpoint import Answer, Stream
+from headway.server.errors import named
 from headway.server.generation import check_end, run, whole
 from headway.server.protocol import ChatRequest
 from headway.server.reading import Kind, Part, call_id
@@ -24,14 +24,14 @@ async def responses(state: State, request: ResponsesRequest) -> Answer:
     if request.previous_response_id is not None:
         raise RequestError("previous_response_id", request.previous_response_id, "nothing is stored here")
     chat = chat_request(request)
-    with _client_names():
+    with named(_NAMES):
         turn = await prepare(state, chat)
     if request.stream:
         return _stream(state, turn, request, chat)
-    with _client_names():
+    with named(_NAMES):
         (result,) = await whole(state, [turn.prompt], turn.params, chat)
     (sample,) = result.outputs
-    reader, output = turn.new_reader(), Output()
+    reader, output = turn.reader(), Output()
     events = [output.add(part) for part in [*reader.push(sample.text), *reader.end()]]
     deque(chain(*events, output.end(sample.finish_reason)), maxlen=0)
     usage = usage_of([result], _reasoning_tokens(state, output, sample.token_ids))
@@ -65,7 +65,7 @@ class Head:
             **self._common,
             "status": "in_progress" if reason is None else "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "output": items,
+            "output": items or [],
             "usage": usage and _usage(usage),
         }
 
@@ -163,13 +163,13 @@ def _logprobs(kind: Kind) -> Record:
 
 
 async def _stream(state: State, turn: Turn, request: ResponsesRequest, chat: ChatRequest) -> Stream:
-    reader, output, head, numbers = turn.new_reader(), Output(), Head(state, request), count()
+    reader, output, head, numbers = turn.reader(), Output(), Head(state, request), count()
     usage, token_ids, reason = Usage(), list[int](), None
 
     def told(events: Iterable[Record]) -> bytes:
         return b"".join([_event({**event, "sequence_number": next(numbers)}) for event in events])
 
-    with _client_names():
+    with named(_NAMES):
         async with run(state, [turn.prompt], turn.params, chat) as results:
             async for result in results:
                 (sample,) = result.outputs
@@ -196,11 +196,3 @@ def _event(record: Record) -> bytes:
 
 
 _NAMES = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text.format"}
-
-
-@contextmanager
-def _client_names() -> Generator[None]:
-    try:
-        yield
-    except RequestError as error:
-        raise RequestError(_NAMES.get(error.field, error.field), error.value, error.accepted) from error

@@ -30,7 +30,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     input: str | list[dict[str, Any]]
     model: str | None = None
     instructions: str | None = None
-    stream: bool = False
+    stream: bool | None = False
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -38,8 +38,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     tools: list[dict[str, Any]] = []
     tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
-    truncation: Literal["disabled"] = "disabled"
-    store: bool = False
+    truncation: Literal["disabled"] | None = "disabled"
+    store: bool | None = False
     previous_response_id: str | None = None
 
     user: str | None = None
@@ -62,7 +62,7 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
         max_tokens=request.max_output_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
-        response_format=None if form.type == "text" else ResponseFormat(type=form.type, json_schema=schema),
+        response_format=None if form == TextFormat() else ResponseFormat(type=form.type, json_schema=schema),
         tools=[_tool(tool) for tool in request.tools] or None,
         tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls,

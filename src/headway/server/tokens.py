@@ -68,6 +68,7 @@ def _tokens(state: State, request: TokenizeRequest) -> list[int]:
         prompt = state.llm.chat_prompt(
             request.messages,
             tools=request.tools,
+            chat_template=state.chat_template,
             template_kwargs=request.chat_template_kwargs,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,

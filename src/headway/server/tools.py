@@ -11,7 +11,7 @@ import msgspec
 from headway.errors import RequestError
 from headway.llm.tools import ToolParser
 from headway.server.protocol import ChatRequest, converted
-from headway.server.reading import NamedCall, Reader, calls_in, required_calls
+from headway.server.reading import Content, NamedCall, Reader, calls_in, required_calls
 
 Schema = dict[str, Any]
 
@@ -33,18 +33,13 @@ class Tool(msgspec.Struct):
     function: Function
 
 
-class Named(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["function"]
-    function: Function
-
-
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """shown: tools that the template gets. schema: that the text must follow. reader: for each sample."""
 
     shown: list[dict[str, Any]] | None = None
     schema: Schema | None = None
-    reader: Callable[[], Reader] | None = None
+    reader: Callable[[], Reader] = Content
 
 
 def tool_use(request: ChatRequest, parser: ToolParser) -> ToolUse:
@@ -63,13 +58,15 @@ def tool_use(request: ChatRequest, parser: ToolParser) -> ToolUse:
         if request.response_format and request.response_format.type != "text":
             raise RequestError("response_format", request.response_format.type, 'not beside tools with "auto"')
         return ToolUse(tools, None, lambda: calls_in(parser, single))
+    if request.structured_outputs is not None:
+        raise RequestError("structured_outputs", request.structured_outputs, "not beside a call that is made sure of")
     if choice == "required":
         if not functions:
             raise RequestError("tool_choice", choice, "there are no tools")
         return ToolUse(tools, _calls_schema(functions, single), required_calls)
     if isinstance(choice, str):
         raise RequestError("tool_choice", choice, "must be auto, none, required or a function")
-    name = converted("tool_choice", choice, Named).function.name
+    name = converted("tool_choice", choice, Tool).function.name
     named = next((function for function in functions if function.name == name), None)
     if named is None:
         accepted = f"must be one of tools: {', '.join(function.name for function in functions)}"
