@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 
-from headway.config import CacheConfig, EngineConfig, ModelConfig
+from headway.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from headway.engine import AsyncEngine, EngineCore
+from headway.engine.port import Stream
 from headway.errors import EngineDead, RequestError, WorkerError
-from headway.executor.fake import FakeExecutor, FakeModel, prefix_state
-from headway.messages import EngineOutput, Request, SamplingParams, StructuredOutput
+from headway.executor.fake import FakeExecutor, FakeModel, FakeWorker, prefix_state
+from headway.executor.uni import UniExecutor
+from headway.messages import EngineOutput, Request, SamplingParams, StepPlan, StepResult, StructuredOutput
 
 
 @contextmanager
@@ -110,6 +113,49 @@ def test_closing_the_iterator_aborts_the_request() -> None:
 
     with running(FakeModel(latency_s=0.002)) as engine:
         asyncio.run(scenario(engine))
+
+
+class GatedWorker(FakeWorker):
+    """Ends a step when it is let."""
+
+    def __init__(self, config: EngineConfig, let: threading.Semaphore) -> None:
+        super().__init__(config, FakeModel())
+        self._let = let
+
+    def step(self, plan: StepPlan, masks: Callable[[int], dict[int, bytes]]) -> StepResult:
+        assert self._let.acquire(timeout=10)
+        return super().step(plan, masks)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_request_that_is_left_is_gone_before_the_next_step(depth: Any) -> None:
+    let = threading.Semaphore(0)
+    config = EngineConfig(
+        model=ModelConfig(path="", served_model_name=""),
+        cache=CacheConfig(num_blocks=500),
+        scheduler=SchedulerConfig(depth=depth),
+    )
+    executor = UniExecutor(config, partial(GatedWorker, let=let))
+    engine = AsyncEngine(EngineCore(config, executor, executor.start()))
+
+    async def scenario() -> None:
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+        left, stays = (Stream(make_request(name, 100), loop, lambda *_: begun.set()) for name in ("left", "stays"))
+        engine.enter([left, stays])
+        let.release()
+        await begun.wait()
+        await eventually(lambda: engine.metrics().steps == 2 + depth)
+        assert (engine.metrics().running, engine.metrics().blocks_used) == (2, 2)
+        engine.leave([left])  # while step 1 runs, and at depth 1 step 2 waits for it
+        let.release()
+        await eventually(lambda: engine.metrics().steps == 3 + depth)
+        assert (engine.metrics().running, engine.metrics().blocks_used) == (1, 1)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        let.release(200)
+        engine.close()
 
 
 def test_abort_by_name_ends_the_iterator() -> None:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from headway import AsyncLLM, SamplingParams
 from headway.engine.link import Dialer, Listener
-from headway.engine.local import LocalLauncher
+from headway.engine.local import LocalRun
 from headway.engine.replicas import Replicas
 from headway.engine.supervise import Supervisor
 from headway.engine.wire import EngineTicket, Status
@@ -61,6 +61,11 @@ class Proxy:
             writer.close()
         self._writers = []
 
+    async def close(self) -> None:
+        self.server.close()
+        self.cut()
+        await self.server.wait_closed()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, here = await asyncio.open_connection(*self._target)
         self._writers += [writer, here]
@@ -83,7 +88,7 @@ async def test_a_connection_that_was_lost_fails_what_streams_and_comes_back(
     ticket = EngineTicket(
         replica=0, config=found.config, facts=found.facts, tokenizer=found.tokenizer, host="127.0.0.1"
     )
-    supervisor = Supervisor(ticket, 1, LocalLauncher)
+    supervisor = Supervisor(ticket, 1, LocalRun)
     proxy = Proxy(supervisor.ready[0].address.endpoint)
     endpoint = await proxy.open()
     replicas = Replicas(1, asyncio.get_running_loop(), release=supervisor.close)
@@ -108,7 +113,5 @@ async def test_a_connection_that_was_lost_fails_what_streams_and_comes_back(
             await asyncio.sleep(0.01)
         tokens = [t async for d in llm.generate([1, 2], replace(params, max_tokens=8)) for t in d.outputs[0].token_ids]
         assert len(tokens) == 8
-    proxy.server.close()
-    proxy.cut()
-    await proxy.server.wait_closed()
+    await proxy.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("headway-supervise")]

@@ -17,6 +17,7 @@ import pytest
 
 from headway import AsyncLLM, SamplingParams
 from headway.errors import EngineDead, EngineError
+from headway.executor.channel import curve
 from headway.executor.child import own_modules
 from headway.executor.fake import FakeModel, prefix_state
 from headway.llm.frontend import find
@@ -115,6 +116,18 @@ async def test_of_a_killed_replica_only_what_it_had_begun_to_stream_is_lost(llm:
     await within(killed + 10 - time.monotonic(), lambda: up(llm) == [True, True])
     assert await answer(llm, 1, data_parallel_rank=0) == tokens_alone([1, 2], 1, LONG)
     assert llm.metrics().generated_tokens >= before + LONG
+
+
+async def test_a_replica_that_stood_still_loses_nothing(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curve, "_BEAT_MS", 20)  # of this end; the other one's is still 5 s
+    async with AsyncLLM(**settings) as llm:
+        (stream,) = await begun(llm, range(1), data_parallel_rank=0)
+        os.kill(llm.executor_info.pids[0], signal.SIGSTOP)
+        await asyncio.sleep(0.5)
+        os.kill(llm.executor_info.pids[0], signal.SIGCONT)
+        assert await asyncio.wait_for(stream, 10) == tokens_alone([1, 2], 0, LONG)
 
 
 async def test_where_no_replica_is_left_requests_fail_until_one_is_back(llm: AsyncLLM) -> None:

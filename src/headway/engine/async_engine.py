@@ -10,13 +10,13 @@ compiled on another thread, one at a time, and come back through the inbox: no s
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Literal
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Literal
 
 from headway.engine.constraints import constraint
 from headway.engine.core import EngineCore
@@ -33,60 +33,18 @@ HEALTH_S = 1.0
 """How long an idle engine may go on without knowing that it has lost a worker."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Leave:
-    """Callers stopped listening."""
-
-    streams: list[Stream]
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    """Someone ends a request by name; whoever listens gets its last output."""
-
-    request_ids: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Compiled:
-    """A stream's constraint is ready, or cannot be honoured."""
-
-    stream: Stream
-    result: Matcher | BaseException | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Action:
-    """Something to do with the core."""
-
-    run: Callable[[EngineCore], None]
-    done: Future[None]
-
-
-_Message = list[Stream] | _Leave | _Abort | _Compiled | _Action
-
-
 class AsyncEngine(EngineClient):
     """Owns the core."""
 
     def __init__(self, core: EngineCore) -> None:
         super().__init__()
         self._core = core
-        self._inbox: SimpleQueue[_Message | None] = SimpleQueue()
+        self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, Stream] = {}
         self._compiling: dict[str, Stream] = {}
         self._compiler = ThreadPoolExecutor(1, "headway-grammar")
-        self._dead: BaseException | None = None
-        # Orders a caller's look at _dead and its message: none is left in the inbox once the thread has ended.
-        self._gate = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="headway-engine", daemon=True)
+        self._thread = Thread(target=self._run, name="headway-engine", daemon=True)
         self._thread.start()
-
-    def enter(self, streams: list[Stream]) -> None:
-        self._post(streams)
-
-    def leave(self, streams: list[Stream]) -> None:
-        self._post(_Leave(streams), dead_is_fine=True)
 
     async def update_weights(self, weights: Weights) -> None:
         await self._between_steps(lambda core: core.upkeep.update_weights(weights))
@@ -100,31 +58,24 @@ class AsyncEngine(EngineClient):
     async def _between_steps(self, run: Callable[[EngineCore], None]) -> None:
         """Runs something on the engine's thread. Raises what it raises."""
         done: Future[None] = Future()
-        self._post(_Action(run, done))
+        self._post(self._act, run, done)
         await asyncio.wrap_future(done)
-
-    def abort(self, request_ids: list[str]) -> None:
-        self._post(_Abort(request_ids))
 
     def replica_metrics(self) -> list[EngineMetrics]:
         return [self._core.metrics()]
 
     def health(self) -> list[Health]:
-        return [Health(0, self._dead is None, "" if self._dead is None else str(self._dead))]
+        ended = self.ended.done()
+        return [Health(0, not ended, str(self.ended.result()) if ended else "")]
 
     def close(self, timeout: float = 5.0) -> None:
-        with self._gate:
-            self._inbox.put(None)
+        self._inbox.put(None)
         self._thread.join(timeout)
         self._compiler.shutdown(cancel_futures=True)
         self._core.close(timeout)
 
-    def _post(self, message: _Message, *, dead_is_fine: bool = False) -> None:
-        with self._gate:
-            if self._dead is None:
-                self._inbox.put(message)
-            elif not dead_is_fine:
-                raise EngineDead(f"the engine does not run: {self._dead}") from self._dead
+    def _soon(self, act: Callable[..., None], *args: Any) -> None:
+        self._inbox.put(partial(act, *args))
 
     # The engine's thread ----------------------------------------------------------------------------------------------
 
@@ -143,45 +94,38 @@ class AsyncEngine(EngineClient):
         """Takes in every message, waiting for one if there is nothing else to do; False at the end."""
         while True:
             try:
-                message = self._inbox.get(block=not self._core.has_work(), timeout=HEALTH_S)
+                act = self._inbox.get(block=not self._core.has_work(), timeout=HEALTH_S)
             except Empty:
                 if self._core.has_work():
                     return True
                 self._core.check()
                 continue
-            if message is None:
+            if act is None:
                 return False
-            self._take(message)
+            act()
 
-    def _take(self, message: _Message) -> None:
-        if isinstance(message, list):
-            for stream in message:
-                self._enter(stream)
-        elif isinstance(message, _Abort):
-            self._abort(message.request_ids)
-        elif isinstance(message, _Leave):
-            for stream in message.streams:
-                self._drop(stream)
-        elif isinstance(message, _Compiled):
-            self._add_compiled(message)
-        else:
-            self._act(message)
+    def _enter(self, streams: list[Stream]) -> None:
+        if self.ended.done():
+            self._send([(stream, self.ended.result()) for stream in streams])
+            return
+        for stream in streams:
+            if constraint(stream.request) is None:
+                self._add(stream)
+            else:
+                self._compile(stream)
 
-    def _enter(self, stream: Stream) -> None:
-        if constraint(stream.request) is None:
-            self._add(stream)
-        else:
-            self._compile(stream)
-
-    def _act(self, action: _Action) -> None:
-        if not action.done.set_running_or_notify_cancel():
+    def _act(self, run: Callable[[EngineCore], None], done: Future[None]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        if self.ended.done():
+            done.set_exception(self.ended.result())
             return
         try:
-            action.run(self._core)
+            run(self._core)
         except Exception as error:
-            action.done.set_exception(error)
+            done.set_exception(error)
         else:
-            action.done.set_result(None)
+            done.set_result(None)
 
     def _compile(self, stream: Stream) -> None:
         name = stream.request.request_id
@@ -194,10 +138,9 @@ class AsyncEngine(EngineClient):
 
     def _hand_back(self, stream: Stream, done: Future[Matcher | None]) -> None:
         if not done.cancelled():  # by close()
-            self._inbox.put(_Compiled(stream, done.exception() or done.result()))
+            self._soon(self._add_compiled, stream, done.exception() or done.result())
 
-    def _add_compiled(self, message: _Compiled) -> None:
-        stream, result = message.stream, message.result
+    def _add_compiled(self, stream: Stream, result: Matcher | BaseException | None) -> None:
         if self._compiling.get(stream.request.request_id) is not stream:
             return  # it was aborted meanwhile
         del self._compiling[stream.request.request_id]
@@ -219,14 +162,14 @@ class AsyncEngine(EngineClient):
         waiting = [(name, stream) for name in request_ids if (stream := self._compiling.pop(name, None)) is not None]
         self._send([(stream, EngineOutput(request_id=name, finish_reason="abort")) for name, stream in waiting])
 
-    def _drop(self, stream: Stream) -> None:
-        # The name may belong to a later request by now.
-        name = stream.request.request_id
-        if self._compiling.get(name) is stream:
-            del self._compiling[name]
-        elif self._streams.get(name) is stream:
-            del self._streams[name]
-            self._core.abort([name])
+    def _leave(self, streams: list[Stream]) -> None:
+        for stream in streams:
+            name = stream.request.request_id  # which may belong to a later request by now
+            if self._compiling.get(name) is stream:
+                del self._compiling[name]
+            elif self._streams.get(name) is stream:
+                del self._streams[name]
+                self._core.abort([name])
 
     def _deliver(self, outputs: list[EngineOutput]) -> None:
         items: list[tuple[Stream, Item]] = []
@@ -239,20 +182,16 @@ class AsyncEngine(EngineClient):
         self._send(items)
 
     def _send(self, items: list[tuple[Stream, Item]]) -> None:
-        for stream in send(items):
-            self._drop(stream)
+        self._leave(send(items))
 
     def _end(self, error: BaseException) -> None:
         """Tells everybody who waits or has just asked."""
         with self._gate:
-            self._dead = error
-            streams = [*self._streams.values(), *self._compiling.values()]
-            while not self._inbox.empty():
-                message = self._inbox.get()
-                if isinstance(message, list):
-                    streams += message
-                elif isinstance(message, _Action) and message.done.set_running_or_notify_cancel():
-                    message.done.set_exception(error)
+            self.ended.set_result(error)
+        streams = [*self._streams.values(), *self._compiling.values()]
         self._streams, self._compiling = {}, {}
-        self.ended.set_result(error)
         self._send([(stream, error) for stream in streams])
+        while not self._inbox.empty():
+            if (act := self._inbox.get()) is not None:
+                with suppress(EngineDead):  # abort() has nothing to end
+                    act()

@@ -50,7 +50,7 @@ class Listener:
         self._gate = Gate(self._context)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for who is not there, instead of nothing
-        self._gate.guard(self._socket)
+        self._gate.guard(self._socket, beats=host is not None)
         if host is None:
             endpoint = f"ipc://@headway-{secrets.token_hex(8)}"
             self._socket.bind(endpoint)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from headway.engine.metrics import EngineMetrics
+from headway.errors import EngineDead
 from headway.messages import EngineOutput, Request
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class EngineClient(ABC):
     def __init__(self) -> None:
         self.ended: Future[BaseException] = Future()
         self.ended.set_running_or_notify_cancel()  # who no longer waits for it does not cancel it
+        self._gate = threading.RLock()  # orders a caller's look at ``ended`` and its message
 
     async def generate(self, *requests: Request) -> AsyncGenerator[EngineOutput, None]:
         """The requests' outputs as the engine gives them, until each has one with a finish_reason.
@@ -76,17 +80,18 @@ class EngineClient(ABC):
         loop = asyncio.get_running_loop()
         self.enter([Stream(request, loop, put) for request in requests])
 
-    @abstractmethod
     def enter(self, streams: list[Stream]) -> None:
         """From now on their callers get outputs."""
+        self._post(self._enter, streams)
 
-    @abstractmethod
     def leave(self, streams: list[Stream]) -> None:
         """Their callers have stopped listening; what still runs of them is aborted."""
+        with suppress(EngineDead):
+            self._post(self._leave, streams)
 
-    @abstractmethod
     def abort(self, request_ids: list[str]) -> None:
         """Ends requests; whoever listens gets a last output with finish_reason "abort". Unknown ids are ignored."""
+        self._post(self._abort, request_ids)
 
     @abstractmethod
     async def update_weights(self, weights: Weights) -> None:
@@ -112,6 +117,26 @@ class EngineClient(ABC):
     @abstractmethod
     def close(self, timeout: float = 5.0) -> None:
         """Idempotent. Whoever still waits gets EngineDead."""
+
+    def _post(self, act: Callable[..., None], *args: Any) -> None:
+        with self._gate:
+            if self.ended.done():
+                error = self.ended.result()
+                raise EngineDead(f"the engine does not run: {error}") from error
+            self._soon(act, *args)
+
+    @abstractmethod
+    def _soon(self, act: Callable[..., None], *args: Any) -> None:
+        """Calls it where the engine's state belongs, in the order of these calls. The next three are called there."""
+
+    @abstractmethod
+    def _enter(self, streams: list[Stream]) -> None: ...
+
+    @abstractmethod
+    def _leave(self, streams: list[Stream]) -> None: ...
+
+    @abstractmethod
+    def _abort(self, request_ids: list[str]) -> None: ...
 
 
 class _Inbox:

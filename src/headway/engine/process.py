@@ -1,6 +1,6 @@
 """An engine in a process of its own, for clients in others.
 
-client ── Submit, Abort, Forget, Action ──> event loop ── AsyncEngine's methods ──> headway-engine thread
+client ── Submit, Abort, Action ──> event loop ── AsyncEngine's methods ──> headway-engine thread
        <── News, one a client and step ──              <── outputs, one batch a step ──
 """
 
@@ -21,12 +21,10 @@ from headway.engine.launch import load
 from headway.engine.link import Listener
 from headway.engine.port import Item
 from headway.engine.wire import (
-    Abort,
     Action,
     Done,
     Dying,
     EngineTicket,
-    Forget,
     Hello,
     News,
     Ready,
@@ -36,6 +34,7 @@ from headway.engine.wire import (
     encode,
 )
 from headway.errors import EngineDead
+from headway.executor.channel.ring import frame
 from headway.executor.channel.wire import Failure
 from headway.executor.child import Parent
 from headway.executor.failure import failure_of
@@ -63,7 +62,7 @@ class EngineService:
     def __init__(self, ticket: EngineTicket) -> None:
         self._ticket = ticket
         self._clients: dict[bytes, _Client] = {}
-        self._dirty: list[_Client] = []
+        self._dirty: set[_Client] = set()
         self._beats = False
         self._actions: set[asyncio.Task[None]] = set()
         self._over: Future[BaseException | None] = Future()
@@ -95,7 +94,7 @@ class EngineService:
         if error is not None:
             for client in self._clients.values():
                 self._listener.send(client.name, encode(Dying(str(error) or type(error).__name__)))
-        self._clients, self._dirty = {}, []  # nothing more is said to anybody
+        self._clients, self._dirty = {}, set()  # nothing more is said to anybody
         self._listener.close()
         self._engine.close()
         return error
@@ -118,9 +117,7 @@ class EngineService:
             self._actions.add(task)
             task.add_done_callback(self._actions.discard)
         else:
-            if isinstance(message, Forget):
-                client.running.difference_update(message.request_ids)
-            self._abort(message)
+            self._abort(message.request_ids)
         self._beat_soon()
 
     def _submit(self, client: _Client, requests: list[Request]) -> None:
@@ -129,9 +126,9 @@ class EngineService:
         with suppress(EngineDead):  # the client is told of that
             self._engine.submit(requests, partial(self._put, client))
 
-    def _abort(self, message: Abort | Forget) -> None:
+    def _abort(self, request_ids: list[str]) -> None:
         with suppress(EngineDead):
-            self._engine.abort(message.request_ids)
+            self._engine.abort(request_ids)
 
     def _put(self, client: _Client, name: str, item: Item) -> None:
         """An output, or what a request failed of: the engine's end is told otherwise."""
@@ -145,11 +142,10 @@ class EngineService:
             client.running.discard(name)
         if not self._dirty:
             self._loop.call_soon(self._flush)
-        if client not in self._dirty:
-            self._dirty.append(client)
+        self._dirty.add(client)
 
     def _flush(self) -> None:
-        dirty, self._dirty = self._dirty, []
+        dirty, self._dirty = self._dirty, set()
         for client in dirty:
             self._news(client)
         self._beat_soon()
@@ -162,7 +158,7 @@ class EngineService:
     def _send(self, client: _Client, message: Any) -> None:
         if not self._listener.send(client.name, encode(message)):
             self._clients.pop(client.name, None)
-            self._abort(Abort(list(client.running)))
+            self._abort(list(client.running))
             client.running.clear()
 
     def _beat_soon(self) -> None:
@@ -173,13 +169,13 @@ class EngineService:
     def _beat(self) -> None:
         """Tells those who have not heard since the last one, as long as anything happens."""
         self._beats = False
-        metrics = self._engine.metrics()
-        told = [client for client in self._clients.values() if client.told]
-        for client in [c for c in self._clients.values() if not c.told]:
-            self._news(client)
-        for client in self._clients.values():
+        clients, metrics = list(self._clients.values()), self._engine.metrics()
+        busy = metrics.running or metrics.waiting or any(client.told or client.running for client in clients)
+        for client in clients:
+            if not client.told:
+                self._news(client)
             client.told = False
-        if told or metrics.running or metrics.waiting:
+        if busy:
             self._beat_soon()
 
     async def _act(self, client: _Client, action: Action) -> None:
@@ -206,8 +202,7 @@ def main() -> None:
             parent.leave(0)
 
     def tell(message: Ready | Failure) -> None:
-        data = encode(message)
-        parent.send(len(data).to_bytes(4, "little") + data)
+        parent.send(bytes(frame(encode(message))))
 
     parent.watch(f"headway-dp{ticket.replica}", heard)
     try:

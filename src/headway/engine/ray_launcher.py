@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from headway.config import ParallelConfig, RayConfig
 from headway.engine.process import EngineService
-from headway.engine.supervise import Ended
+from headway.engine.supervise import Ended, Tell
 from headway.engine.wire import EngineTicket, Ready, decode_ticket, decode_to_starter, encode
 from headway.errors import ConfigError, EngineDead
 from headway.executor.channel.wire import Failure
@@ -48,36 +48,10 @@ class ReplicaActor:
         self._service.stop()
 
 
-class RayReplicas:
-    """See ``headway.engine.supervise.ReplicaLauncher``."""
+class RayRun:
+    """See ``headway.engine.supervise.Run``. On a thread of its own, which waits for Ray."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._replicas: list[_Replica] = []
-
-    def start(self, ticket: EngineTicket, tell: Callable[[Ready | Ended], None]) -> None:
-        self._replicas = [replica for replica in self._replicas if not replica.ended.is_set()]
-        self._replicas.append(_Replica(self._loop, ticket, tell))
-
-    async def close(self, timeout: float) -> None:
-        ends = [asyncio.ensure_future(replica.ended.wait()) for replica in self._replicas]
-        for replica in self._replicas:
-            replica.stop()
-        if ends:
-            await asyncio.wait(ends, timeout=timeout)
-        for replica in self._replicas:
-            replica.kill()
-        for replica in self._replicas:
-            await replica.ended.wait()
-            replica.thread.join()  # which it was the last act of
-
-
-class _Replica:
-    """One start of a replica, on a thread of its own, which waits for Ray."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, ticket: EngineTicket, tell: Callable[[Ready | Ended], None]
-    ) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, ticket: EngineTicket, tell: Tell) -> None:
         self.ended = asyncio.Event()
         self._loop, self._ticket, self._tell = loop, ticket, tell
         self._gate = threading.Lock()  # between the group's making and kill()
@@ -85,14 +59,15 @@ class _Replica:
         self._actor: Any = None  # once it is ready
         self._killed = False
         name = f"headway-dp{ticket.replica}"
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.thread.start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
-        if self._actor is None:
+        actor = self._actor
+        if actor is None:
             self.kill()
         else:
-            self._actor.stop.remote()
+            actor.stop.remote()
 
     def kill(self) -> None:
         """Ray ends whatever is in a group that is no more, and whoever waits for it."""
@@ -104,7 +79,7 @@ class _Replica:
     def _run(self) -> None:
         config = self._ticket.config
         cpus = config.parallel.data_parallel_size * sum(bundle.get("CPU", 0) for bundle in config.ray.bundles)
-        failure = None
+        why, failure = "its actor has ended", None
         try:
             opened = connection.open(config.ray.address, cpus)
             try:
@@ -112,18 +87,19 @@ class _Replica:
             finally:
                 if opened:
                     connection.close()
-            why = "its actor has ended" if failure is None else failure.message
         except RayTaskError as error:
             failure = failure_of(error.cause)
-            why = failure.message
         except RayError as error:
-            why = f"its actor has ended: {str(error).splitlines()[-1]}"
+            why += f": {str(error).splitlines()[-1]}"
         except (Exception, SystemExit) as error:  # SystemExit: somebody else closed the connection to Ray
             failure = failure_of(error)
-            why = failure.message
-        self._tell(Ended(why, failure))
+        self._tell(Ended(why if failure is None else failure.message, failure))
         with suppress(RuntimeError):  # the supervisor has ended
-            self._loop.call_soon_threadsafe(self.ended.set)
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        self._thread.join()
+        self.ended.set()
 
     def _host(self) -> Failure | None:
         """What the engine failed of, if it told that."""

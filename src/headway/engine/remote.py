@@ -13,7 +13,8 @@ import msgspec
 from headway.engine.link import Dialer
 from headway.engine.metrics import EngineMetrics
 from headway.engine.port import Item, Stream
-from headway.engine.wire import Abort, Action, Dying, Forget, Hello, Method, News, Submit, decode_to_client, encode
+from headway.engine.replay import Act
+from headway.engine.wire import Abort, Action, Dying, Hello, Method, News, Submit, decode_to_client, encode
 from headway.errors import EngineDead
 from headway.executor.channel.wire import Address
 from headway.executor.failure import error_of
@@ -33,7 +34,7 @@ class Sent:
 class RemoteEngine:
     """arrived: called with what a step gave. died: if the engine says that it ends. lost: if the connection to it was.
 
-    greeted: is set once it has answered.
+    greeted: is set once it has answered. did: what is known of its actions, as Replay.acts.
     """
 
     def __init__(
@@ -41,16 +42,19 @@ class RemoteEngine:
         loop: asyncio.AbstractEventLoop,
         replica: int,
         address: Address,
+        did: list[Act],
         arrived: Callable[[list[tuple[Sent, Item]]], None],
         died: Callable[[RemoteEngine, str], None],
         lost: Callable[[RemoteEngine], None],
     ) -> None:
-        self.replica, self.address, self.metrics = replica, address, EngineMetrics()
+        self.replica, self.address, self.did = replica, address, did
+        self.metrics = EngineMetrics()
         self.greeted = asyncio.Event()
         self._loop, self._arrived, self._died = loop, arrived, died
         self._ids = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
         self._sent: dict[str, Sent] = {}
         self._submitted = self._taken = 0
+        self._numbers = itertools.count()
         self._actions: dict[int, asyncio.Future[None]] = {}
         self._closed = ""  # why
         self._dialer = Dialer(loop, address, self._take, lambda: lost(self))
@@ -76,13 +80,13 @@ class RemoteEngine:
     def forget(self, batch: list[Sent]) -> None:
         for sent in batch:
             self._sent.pop(sent.id, None)
-        self._dialer.send(encode(Forget([sent.id for sent in batch])))
+        self.abort(batch)
 
     async def act(self, method: Method, *args: int | str) -> None:
         """Raises what it raises there."""
         if self._closed:
             raise EngineDead(f"replica {self.replica}: {self._closed}")
-        number, done = len(self._actions), self._loop.create_future()
+        number, done = next(self._numbers), self._loop.create_future()
         self._actions[number] = done
         self._dialer.send(encode(Action(number, method, list(args))))
         await done
@@ -105,7 +109,7 @@ class RemoteEngine:
         elif isinstance(message, Dying):
             self._died(self, message.why)
         else:
-            done = self._actions[message.id]
+            done = self._actions.pop(message.id)
             if message.failure is None:
                 done.set_result(None)
             else:

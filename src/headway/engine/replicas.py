@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from headway.engine.metrics import EngineMetrics
 from headway.engine.port import EngineClient, Health, Item, Stream, send
@@ -47,9 +48,8 @@ class Replicas(EngineClient):
         self._requests: dict[str, Sent] = {}
         self._past = [EngineMetrics()] * count  # of processes that are no more
         self._coming: dict[int, RemoteEngine] = {}  # not like the others yet
-        self._replay = Replay()
+        self._replay, self._acting = Replay(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._gate = threading.RLock()  # orders a caller's look at what has ended and its message
         self._closed = False
 
     @classmethod
@@ -78,20 +78,8 @@ class Replicas(EngineClient):
         with suppress(RuntimeError):  # the event loop is closed
             self._loop.call_soon_threadsafe(self._take_status, status)
 
-    def enter(self, streams: list[Stream]) -> None:
-        self._post(self._enter, streams)
-
-    def leave(self, streams: list[Stream]) -> None:
-        with suppress(EngineDead):
-            self._post(self._leave, streams)
-
-    def abort(self, request_ids: list[str]) -> None:
-        self._post(self._abort, request_ids)
-
     async def update_weights(self, weights: Weights) -> None:
-        with ExitStack() as entered:
-            path = await asyncio.to_thread(entered.enter_context, as_file(weights))
-            await self._on_loop(self._update_weights(path, isinstance(weights, (str, PathLike))))
+        await self._on_loop(self._update_weights(weights))
 
     async def sleep(self, level: Literal[1, 2]) -> None:
         await self._on_loop(self._act("sleep", level))
@@ -100,8 +88,8 @@ class Replicas(EngineClient):
         await self._on_loop(self._act("wake_up"))
 
     def replica_metrics(self) -> list[EngineMetrics]:
-        up = self._up.copy()
-        return [past + up[replica].metrics if replica in up else past for replica, past in enumerate(self._past)]
+        there = self._coming | self._up
+        return [past + there[replica].metrics if replica in there else past for replica, past in enumerate(self._past)]
 
     def health(self) -> list[Health]:
         return [Health(replica, not why, why) for replica, why in enumerate(self._why)]
@@ -116,15 +104,6 @@ class Replicas(EngineClient):
                 self.ended.result()
             self._release(timeout)
 
-    def _post(self, act: Callable[..., None], *args: Any) -> None:
-        with self._gate:
-            if self.ended.done():
-                error = self.ended.result()
-                raise EngineDead(f"the engine does not run: {error}") from error
-            if self._closed:
-                raise EngineDead("the engine does not run: it was closed")
-            self._soon(act, *args)
-
     def _soon(self, act: Callable[..., None], *args: Any) -> None:
         if self._is_here():
             act(*args)
@@ -138,7 +117,8 @@ class Replicas(EngineClient):
             return False
 
     async def _on_loop(self, work: Coroutine[Any, Any, None]) -> None:
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        """Whoever waits for it may be cancelled: what some replicas have done already is done on all."""
+        await asyncio.shield(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop)))
 
     # The event loop ---------------------------------------------------------------------------------------------------
 
@@ -197,6 +177,7 @@ class Replicas(EngineClient):
         for sent in filter(None, map(self._requests.get, request_ids)):
             assert sent.remote is not None
             sent.remote.abort([sent])
+            sent.tries = TRIES  # should that replica die now, no other one runs it
 
     def _arrived(self, items: list[tuple[Sent, Item]]) -> None:
         for sent, item in items:
@@ -219,34 +200,40 @@ class Replicas(EngineClient):
                 self._end(EngineDead(f"replica {status.replica}: {status.why}"))
             return
         remote = self._dial(status.replica, status.address, [])
-        if not self._replay.acts:
+        if not self._replay.acts and not self._acting.locked():
             self._admit(remote)
 
-    def _dial(self, replica: int, address: Address, done: list[Act]) -> RemoteEngine:
-        """done: what it knows of that the others did."""
-        remote = RemoteEngine(self._loop, replica, address, self._arrived, self._died, self._lost)
+    def _dial(self, replica: int, address: Address, did: list[Act]) -> RemoteEngine:
+        """did: see RemoteEngine."""
+        remote = RemoteEngine(self._loop, replica, address, did, self._arrived, self._died, self._lost)
         self._coming[replica] = remote
-        task = self._loop.create_task(self._catch_up(remote, done))
+        task = self._loop.create_task(self._catch_up(remote))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return remote
 
-    async def _catch_up(self, remote: RemoteEngine, done: list[Act]) -> None:
+    async def _catch_up(self, remote: RemoteEngine) -> None:
         await remote.greeted.wait()
-        acts, why = [] if self._replay.acts == done else self._replay.acts, ""
-        if acts and not self._replay.fit:
-            acts, why = [], "it has the weights that it was started with: update_weights() first"
-        try:
-            for method, args in acts:
-                await remote.act(method, *args)
-        except HeadwayError as error:
-            why = f"it could not be brought to where the others are: {error}"
-        if self._coming.get(remote.replica) is not remote:
-            return
-        if why:
-            self._why[remote.replica] = why
-        else:
-            self._admit(remote)
+        async with self._acting:
+            if not self._is_coming(remote):
+                return
+            acts, why = [] if self._replay.acts == remote.did else self._replay.acts, ""
+            if acts and not self._replay.fit:
+                acts, why = [], "it has the weights that it was started with: update_weights() first"
+            try:
+                for method, args in acts:
+                    await remote.act(method, *args)
+            except HeadwayError as error:
+                why = f"it could not be brought to where the others are: {error}"
+            if not self._is_coming(remote):
+                return
+            if why:
+                self._why[remote.replica] = why
+            else:
+                self._admit(remote)
+
+    def _is_coming(self, remote: RemoteEngine) -> bool:
+        return self._coming.get(remote.replica) is remote
 
     def _admit(self, remote: RemoteEngine) -> None:
         del self._coming[remote.replica]
@@ -258,9 +245,12 @@ class Replicas(EngineClient):
 
     def _lost(self, remote: RemoteEngine) -> None:
         """Not so on one node: there that means its end, of which the supervisor tells more."""
-        if remote.address.endpoint.startswith("tcp:") and self._up.get(remote.replica) is remote:
-            self._lose(remote.replica, "the connection was lost")
-            self._dial(remote.replica, remote.address, self._replay.acts)
+        replica, coming = remote.replica, self._is_coming(remote)
+        if remote.address.endpoint.startswith("tcp:") and (coming or self._up.get(replica) is remote):
+            past = self._past[replica]
+            self._lose(replica, "the connection was lost")
+            again = self._dial(replica, remote.address, remote.did if coming else self._replay.acts)
+            self._past[replica], again.metrics = past, _counted(remote.metrics)  # its process goes on counting
 
     def _lose(self, replica: int, why: str) -> None:
         """Requests that gave nothing yet go to another one."""
@@ -268,15 +258,16 @@ class Replicas(EngineClient):
         remote = self._up.pop(replica, None) or self._coming.pop(replica, None)
         if remote is None:
             return
-        last = remote.metrics
-        self._past[replica] += EngineMetrics(**{name: getattr(last, name) for name in _COUNTERS}, times=last.times)
+        self._past[replica] += _counted(remote.metrics)
         self._router.forget(replica)
-        left = remote.close(why)
-        again = [s for s in left if not s.started and s.tries < TRIES and s.stream.request.data_parallel_rank is None]
-        if not self._up:
-            again = []
-        error = EngineDead(f"replica {replica}: {why}")
-        self._arrived([(sent, error) for sent in left if sent not in again])
+        again: list[Sent] = []
+        failed: list[tuple[Sent, Item]] = []
+        for sent in remote.close(why):
+            if self._up and not sent.started and sent.tries < TRIES and sent.stream.request.data_parallel_rank is None:
+                again.append(sent)
+            else:
+                failed.append((sent, EngineDead(f"replica {replica}: {why}")))
+        self._arrived(failed)
         self._send(again)
 
     def _end(self, error: BaseException) -> None:
@@ -287,32 +278,37 @@ class Replicas(EngineClient):
         for replica, remote in [*self._up.items(), *self._coming.items()]:
             remote.close(str(error))
             self._why[replica] = str(error)
-        self._past = self.replica_metrics()
+            self._past[replica] += _counted(remote.metrics)
         self._up, self._coming = {}, {}
         self._arrived([(sent, error) for sent in self._requests.values()])
 
-    async def _update_weights(self, path: str, stays: bool) -> None:
-        """stays: the file is there when a replica starts again."""
-        await self._act("update_weights", path)
-        if not stays:
-            self._replay.done("update_weights", GONE)
+    async def _update_weights(self, weights: Weights) -> None:
+        with ExitStack() as entered:
+            path = await asyncio.to_thread(entered.enter_context, as_file(weights))
+            await self._act("update_weights", path)
+            if not isinstance(weights, (str, PathLike)):
+                self._replay.done("update_weights", GONE)
 
     async def _act(self, method: Method, *args: int | str) -> None:
-        """On all replicas that run; those that start again catch up."""
-        if self._requests:
-            raise EngineError("requests are running: wait for their end, or abort them")
-        coming = list(self._coming.values()) if method == "update_weights" else []  # what they lack
-        remotes = [*self._up.values(), *coming]
-        if not remotes:
-            raise EngineDead("no replica runs")
-        results = await asyncio.gather(*(remote.act(method, *args) for remote in remotes), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        self._replay.done(method, *args)
-        for remote in coming:
-            if self._coming.get(remote.replica) is remote:
+        """On all replicas that run; those that start again, even because they died of it, catch up."""
+        async with self._acting:
+            if self._requests:
+                raise EngineError("requests are running: wait for their end, or abort them")
+            coming = [remote for remote in self._coming.values() if remote.greeted.is_set()]
+            coming = coming if method == "update_weights" else []  # what they lack
+            remotes = [*self._up.values(), *coming]
+            if not remotes:
+                raise EngineDead("no replica runs")
+            results = await asyncio.gather(*(remote.act(method, *args) for remote in remotes), return_exceptions=True)
+            failed = [result for result in results if isinstance(result, BaseException)]
+            for error in failed:
+                if len(failed) == len(results) or not isinstance(error, EngineDead):
+                    raise error
+            self._replay.done(method, *args)
+            for remote in filter(self._is_coming, coming):
                 self._admit(remote)
 
 
-_COUNTERS = ("prompt_tokens", "generated_tokens", "prefix_hit_tokens", "preemptions", "steps")
+def _counted(metrics: EngineMetrics) -> EngineMetrics:
+    """What stays of it when nothing runs."""
+    return msgspec.structs.replace(metrics, running=0, waiting=0, blocks_used=0, blocks_total=0)

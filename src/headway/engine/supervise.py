@@ -36,7 +36,7 @@ class Backoff:
     """How long to wait before something that ended starts again."""
 
     def __init__(self) -> None:
-        self._deaths = 0  # in a row, each soon after a start
+        self._delay = FIRST_DELAY_S
         self.started()
 
     def started(self) -> None:
@@ -44,10 +44,9 @@ class Backoff:
 
     def next(self) -> float:
         """It has ended: the delay in seconds."""
-        if time.monotonic() - self._started > STEADY_S:
-            self._deaths = 0
-        self._deaths += 1
-        return min(FIRST_DELAY_S * 2 ** (self._deaths - 1), MOST_DELAY_S)
+        delay = FIRST_DELAY_S if time.monotonic() - self._started > STEADY_S else self._delay
+        self._delay = min(2 * delay, MOST_DELAY_S)
+        return delay
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -57,16 +56,25 @@ class Ended(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
 
-class ReplicaLauncher(Protocol):
-    """Runs EngineService for each ticket, wherever that may be. Its methods are called on one event loop."""
+Tell = Callable[[Ready | Ended], None]
 
-    def start(self, ticket: EngineTicket, tell: Callable[[Ready | Ended], None]) -> None:
-        """Returns at once. tell: is called, on any thread, with Ready if it gets so far, and with Ended once."""
+
+class Run(Protocol):
+    """EngineService for one ticket, wherever that may be, from its start to its end. ended: is set when all is gone.
+
+    Its methods are called on one event loop. tell: is called, on any thread, with Ready if it gets so far, and with
+    Ended once.
+    """
+
+    ended: asyncio.Event
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, ticket: EngineTicket, tell: Tell) -> None:
+        """Returns at once."""
         ...
 
-    async def close(self, timeout: float) -> None:
-        """Tells all to end, kills what has not within the timeout; returns when all are gone."""
-        ...
+    def stop(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 class LoopThread:
@@ -112,13 +120,13 @@ class Supervisor:
         self,
         ticket: EngineTicket,
         count: int,
-        launcher: Callable[[asyncio.AbstractEventLoop], ReplicaLauncher],
+        run: type[Run],
         on_death: OnDeath = "restart",
     ) -> None:
         """ticket: of replica 0. Returns once all replicas are ready; raises what the first that is not failed of."""
         self._thread = LoopThread("headway-supervise")
         self._loop, self._on_death = self._thread.loop, on_death
-        self._launcher = launcher(self._loop)
+        self._run, self._runs = run, list[Run]()
         self._replicas = [_Replica(msgspec.structs.replace(ticket, replica=replica)) for replica in range(count)]
         self._listeners: list[Callable[[Status], None]] = []
         self._seats: list[socket.socket] = []
@@ -171,7 +179,7 @@ class Supervisor:
         """Idempotent. Not from a listener."""
         if not self._closing:
             self._closing = True
-            self._thread.run(self._launcher.close(timeout))
+            self._thread.run(self._stop(timeout))
             self._thread.close()
             for seat in self._seats:
                 seat.close()
@@ -191,7 +199,26 @@ class Supervisor:
             with suppress(RuntimeError):  # the supervisor has ended
                 self._loop.call_soon_threadsafe(self._heard, replica, event)
 
-        self._launcher.start(replica.ticket, tell)
+        self._runs = [run for run in self._runs if not run.ended.is_set()]
+        try:
+            self._runs.append(self._run(self._loop, replica.ticket, tell))
+        except OSError as error:
+            tell(Ended(f"it could not be started: {error}"))
+
+    async def _stop(self, timeout: float) -> None:
+        """Tells all to end, kills what has not within the timeout; returns when all are gone."""
+
+        async def gone() -> None:
+            for run in self._runs:
+                await run.ended.wait()
+
+        for run in self._runs:
+            run.stop()
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(gone(), timeout)
+        for run in self._runs:
+            run.kill()
+        await gone()
 
     def _heard(self, replica: _Replica, event: Ready | Ended) -> None:
         number = replica.ticket.replica

@@ -59,12 +59,6 @@ class Abort(msgspec.Struct, array_like=True, tag=True):
     request_ids: list[str]
 
 
-class Forget(msgspec.Struct, array_like=True, tag=True):
-    """As Abort, and nobody waits for the last outputs."""
-
-    request_ids: list[str]
-
-
 class Action(msgspec.Struct, array_like=True, tag=True):
     id: int
     method: Method
@@ -93,7 +87,7 @@ class Dying(msgspec.Struct, array_like=True, tag=True):
     why: str
 
 
-ToEngine = Hello | Submit | Abort | Forget | Action
+ToEngine = Hello | Submit | Abort | Action
 ToClient = News | Done | Dying
 ToStarter = Ready | Failure
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from headway.engine.launch import read_tokenizer
-from headway.engine.local import LocalLauncher
+from headway.engine.local import LocalRun
 from headway.engine.replicas import Replicas
-from headway.engine.supervise import OnDeath, ReplicaLauncher, Supervisor
+from headway.engine.supervise import OnDeath, Run, Supervisor
 from headway.engine.wire import EngineTicket
 from headway.executor.ray import needs_ray
 from headway.llm.frontend import Frontend, Resolved
@@ -54,19 +53,19 @@ def start_engines(found: Resolved, on_death: OnDeath = "restart") -> tuple[Super
     """data_parallel_size processes with an engine each. Returns once all models are loaded."""
     ticket = EngineTicket(replica=0, config=found.config, facts=found.facts, tokenizer=found.tokenizer)
     parallel = found.config.parallel
-    supervisor = Supervisor(ticket, parallel.data_parallel_size, _launcher(parallel.data_parallel_backend), on_death)
+    supervisor = Supervisor(ticket, parallel.data_parallel_size, _run(parallel.data_parallel_backend), on_death)
     least = min(supervisor.ready, key=lambda ready: ready.config.model.max_model_len)
     config = replace(found.config, cache=least.config.cache, model=least.config.model)
     pids = [pid for ready in supervisor.ready for pid in ready.info.pids]
     return supervisor, Seat(replace(found, config=config), msgspec.structs.replace(least.info, pids=pids))
 
 
-def _launcher(backend: str) -> Callable[[asyncio.AbstractEventLoop], ReplicaLauncher]:
+def _run(backend: str) -> type[Run]:
     if backend == "mp":
-        return LocalLauncher
+        return LocalRun
     with needs_ray("data_parallel_backend=ray"):
-        from headway.engine.ray_launcher import RayReplicas
-    return RayReplicas
+        from headway.engine.ray_launcher import RayRun
+    return RayRun
 
 
 def start_replicas(found: Resolved, on_death: OnDeath = "restart") -> tuple[Frontend, Replicas]:

@@ -22,11 +22,11 @@ class Gate:
         self._public_key, self._secret_key = zmq.curve_keypair()
         self._allowed = z85.decode(self._public_key)
 
-    def guard(self, socket: zmq.Socket[bytes]) -> None:
-        """Before it is bound."""
+    def guard(self, socket: zmq.Socket[bytes], beats: bool = True) -> None:
+        """Before it is bound. beats: a connection may be lost, which silence tells."""
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, self._server_secret)
-        _common_options(socket)
+        _common_options(socket, beats)
 
     def address(self, endpoint: str) -> Address:
         """For those that may come in."""
@@ -43,13 +43,15 @@ def connect(socket: zmq.Socket[bytes], address: Address) -> None:
     socket.setsockopt(zmq.CURVE_SERVERKEY, address.server_key)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, address.public_key)
     socket.setsockopt(zmq.CURVE_SECRETKEY, address.secret_key)
-    _common_options(socket)
+    _common_options(socket, address.endpoint.startswith("tcp:"))
     socket.connect(address.endpoint)
 
 
-def _common_options(socket: zmq.Socket[bytes]) -> None:
+def _common_options(socket: zmq.Socket[bytes], beats: bool) -> None:
+    """On one node a silent process may just have been stopped; its end is told by the kernel."""
+    if beats:
+        socket.setsockopt(zmq.HEARTBEAT_IVL, _BEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * _BEAT_MS)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, _BEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * _BEAT_MS)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
