@@ -235,17 +235,60 @@ def test_a_worker_that_is_killed_ends_the_server_where_that_is_asked_for(begin: 
     assert "the engine has failed: rank 0 ended with status -9" in server.log[-1]
 
 
-def test_sigterm_to_all_processes_lets_every_front_end_finish_its_streams(begin: Any) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_lets_every_front_end_finish_its_streams(begin: Any, number: int) -> None:
     server, client = begin(*REPLICAS, "--api-server-count", "2")
     streams = [client.stream()[1] for _ in range(8)]
     pids = processes(server.process.pid)
     assert sorted(pids) == ["headway-api0", "headway-api1", "headway-dp0", "headway-dp1"]
     for pid in (server.process.pid, *pids.values()):
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
     assert codes(streams) == [None] * 8
     assert server.process.wait(10) == 0
     assert gone(list(pids.values()))
     assert len(server.log) == 1
+
+
+def test_a_killed_front_end_holds_no_places(begin: Any) -> None:
+    server, client = begin(*REPLICAS[:3], "--api-server-count", "2", "--max-num-seqs", "1", "--max-waiting", "0")
+    port, stream = client.stream()
+    assert client.ask().result()[0] == 429
+    ends = processes(server.process.pid)
+    name = next(name for name in ("headway-api0", "headway-api1") if has_connection(ends[name], port))
+    os.kill(ends[name], signal.SIGKILL)
+    assert code(stream.result()) == "lost"
+    within(5, lambda: client.ask(max_tokens=2).result()[0] == 200)
+    assert name not in processes(server.process.pid)
+
+
+def test_until_all_streams_have_ended_every_front_end_refuses_what_comes(begin: Any) -> None:
+    server, client = begin(*REPLICAS[:3], "--api-server-count", "2")
+    ends = processes(server.process.pid)
+    port, stream = client.stream()
+    idle = next(name for name in ("headway-api0", "headway-api1") if not has_connection(ends[name], port))
+    while True:
+        other = http.client.HTTPConnection(client.address, timeout=30)
+        other.request("GET", "/version")
+        other.getresponse().read()
+        if has_connection(ends[idle], other.sock.getsockname()[1]):
+            break
+        other.close()
+    other.auto_open = False  # the one that is open, and no other
+    server.process.send_signal(signal.SIGTERM)
+    seen = set[int]()
+    refused = time.monotonic()
+    while time.monotonic() < refused + 0.5:
+        other.request("POST", "/v1/completions", json.dumps({"prompt": [1], "max_tokens": 1}))
+        answer = other.getresponse()
+        answer.read()
+        seen.add(answer.status)
+        if seen == {200}:
+            refused = time.monotonic()
+    other.close()
+    assert seen <= {200, 503}
+    assert answer.status == 503
+    assert code(stream.result()) is None
+    assert server.process.wait(10) == 0
 
 
 def test_what_a_second_signal_cuts_is_told_so(begin: Any) -> None:

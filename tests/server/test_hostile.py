@@ -9,6 +9,7 @@ import socket
 import statistics
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +20,11 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 HEALTH_S = 2.0
 """That /health may take meanwhile: 0.4 s was the worst seen beside other work, 1.2 s beside 500 clients."""
+
+
+def _endless(stream: bool) -> bytes:
+    body = json.dumps({"prompt": "hi", "n": 512, "max_tokens": 2000, "ignore_eos": True, "stream": stream}).encode()
+    return b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
 
 def _connect(server: Served) -> socket.socket:
@@ -187,14 +193,17 @@ def test_chunks_add_up_to_a_body_that_is_too_large(wide: Served) -> None:
         b"",
         b"\r\n",
         b"GET /hea",
+        b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /hea",
+        b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nPOST /tokenize HTTP/1.1\r\nContent-Length: 100\r\n\r\n{",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nUpgrade: h2c\r\nConnection: upgrade\r\nContent-Length: 9\r\n\r\n",
     ],
-    ids=["nothing", "an empty line", "a head", "the second head", "a body", "chunks", "an upgrade"],
+    ids=["nothing", "an empty line", "a head", "a second", "half of it", "its body", "a body", "chunks", "an upgrade"],
 )
 def test_a_connection_on_which_no_request_comes_ends(wide: Served, slow: bytes) -> None:
+    began = time.monotonic()
     with _connect(wide) as client:
         client.sendall(slow)
         try:
@@ -202,6 +211,7 @@ def test_a_connection_on_which_no_request_comes_ends(wide: Served, slow: bytes) 
                 pass
         except ConnectionResetError:
             pass
+    assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize(
@@ -222,25 +232,63 @@ def test_a_head_without_an_end_is_refused(wide: Served, endless: tuple[bytes, by
             client.sendall(more)
 
 
+def test_a_body_without_an_end_is_not_taken_for_ever(wide: Served) -> None:
+    with _connect(wide) as client, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 413")
+        for _ in range(300):
+            client.sendall(b" " * 1_000_000)
+
+
+def test_requests_without_an_end_are_not_taken_before_their_turn(wide: Served) -> None:
+    with _connect(wide) as client, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        reader = threading.Thread(target=_read_all, args=(client,))
+        reader.start()
+        try:
+            for _ in range(100):
+                client.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+        finally:
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_WR)
+            reader.join()
+
+
+def _read_all(client: socket.socket) -> None:
+    with suppress(ConnectionResetError):
+        while client.recv(1 << 20):
+            pass
+
+
+def test_who_leaves_with_another_request_on_the_way_has_left(wide: Served) -> None:
+    before = _metric(wide, "generation_tokens_total")
+    with _connect(wide) as client:
+        client.sendall(_endless(stream=False) + b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        limit = time.monotonic() + 60
+        while not _metric(wide, "num_requests_running"):
+            assert time.monotonic() < limit
+    while _metric(wide, "num_requests_running"):
+        assert time.monotonic() < limit
+    assert _metric(wide, "generation_tokens_total") - before < 500_000
+
+
 def test_an_answer_that_nobody_reads_ends_its_request(wide: Served) -> None:
-    body = json.dumps({"prompt": "hi", "n": 512, "max_tokens": 2000, "ignore_eos": True, "stream": True}).encode()
     with _connect(wide) as client, _Watch(wide) as watch:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        client.sendall(_endless(stream=True))
         limit = time.monotonic() + 60
-        while not _running(wide):
+        while not _metric(wide, "num_requests_running"):
             assert time.monotonic() < limit
-        while _running(wide):
+        while _metric(wide, "num_requests_running"):
             assert time.monotonic() < limit
     assert statistics.median(watch.seconds) < HEALTH_S
 
 
-def _running(server: Served) -> bool:
+def _metric(server: Served, name: str) -> float:
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
-    return any(float(line.split()[-1]) for line in text.splitlines() if line.startswith("headway:num_requests_running"))
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"headway:{name}"))
 
 
 def _said(server: Served, request: bytes) -> bytes:

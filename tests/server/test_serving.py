@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -106,12 +107,21 @@ def test_metrics_count_tokens_and_requests(served: Served, connect: Connect) -> 
     _post(connect(served.url), {**CHAT, "max_tokens": 9}).read()
     after = _metrics(served.url)
     assert after["generation_tokens_total"] - before["generation_tokens_total"] == 9
-    assert after["time_to_first_token_seconds_count"] - before["time_to_first_token_seconds_count"] == 1
+    assert after["e2e_request_latency_seconds_count"] - before["e2e_request_latency_seconds_count"] == 1
     assert after["request_generation_tokens_sum"] - before["request_generation_tokens_sum"] == 9
 
 
+def test_time_is_measured_between_the_tokens_of_each_stream(served: Served, connect: Connect) -> None:
+    before = _until_idle(served.url)
+    _post(connect(served.url), {**CHAT, "max_tokens": 9}).read()
+    _post(connect(served.url), {**CHAT, "max_tokens": 9, "stream": True, "n": 2}).read()
+    after = _until_idle(served.url)
+    assert after["time_to_first_token_seconds_count"] - before["time_to_first_token_seconds_count"] == 1
+    assert after["inter_token_latency_seconds_count"] - before["inter_token_latency_seconds_count"] == 16
+
+
 def test_a_client_that_leaves_ends_its_request(served: Served, connect: Connect) -> None:
-    before = _until_idle(served.url)["generation_tokens_total"]
+    before, aborted = _until_idle(served.url)["generation_tokens_total"], _aborted(served.url)
     connection = connect(served.url)
     stream = _post(connection, {**CHAT, "stream": True, "max_tokens": 4000})
     stream.readline()
@@ -120,6 +130,13 @@ def test_a_client_that_leaves_ends_its_request(served: Served, connect: Connect)
     connection.close()
     after = _until_idle(served.url)["generation_tokens_total"]
     assert after - before < 1000
+    assert _aborted(served.url) == aborted + 1
+
+
+def _aborted(url: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        (count,) = re.findall(r'request_success_total\{finished_reason="abort".*\} (\S+)', answer.read().decode())
+    return float(count)
 
 
 @pytest.mark.parametrize("rank, names", [("first", "X-data-parallel-rank"), ("1", "data_parallel_rank")])
@@ -203,6 +220,32 @@ def test_a_port_that_is_taken_is_said_before_the_model_loads() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"port={port}" in _refused("nothing-of-this-name", "--port", port)
+
+
+def test_a_file_that_is_no_socket_stays_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("words")
+    assert "no socket" in _refused(MODEL, "--uds", str(path))
+    assert path.read_text() == "words"
+
+
+def test_authorities_of_clients_without_a_certificate_of_its_own_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").touch()
+    assert "needs ssl_certfile" in _refused(MODEL, "--ssl-ca-certs", str(tmp_path / "ca.pem"))
+
+
+def test_connections_may_be_as_many_as_the_system_allows(connect: Connect) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    try:
+        server = Served(MODEL, "--distributed-executor-backend", "tests.server.wide:Wide")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for _ in range(150):
+        connection = connect(server.url)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+    assert server.end() == 0, server.log
 
 
 def test_a_file_of_options_that_cannot_be_read_is_named() -> None:

@@ -66,6 +66,7 @@ class _Client(asyncio.Protocol):
         lines += ["content-type: application/json", *(f"{name}: {value}" for name, value in headers.items())]
         self._head = "\r\n".join(lines).encode() + b"\r\ncontent-length: %d\r\n\r\n"
         self.tokens = 0
+        self._answered: asyncio.Future[None] | None = None
         self.ttft_s: list[float] = []
         self.itl_s: list[float] = []
         self.e2e_s: list[float] = []
@@ -78,7 +79,7 @@ class _Client(asyncio.Protocol):
             for body in bodies:
                 self._parser = httptools.HttpResponseParser(self)
                 self._body, self._times = bytearray(), list[float]()
-                self._answered: asyncio.Future[None] = loop.create_future()
+                self._answered = loop.create_future()
                 sent = perf_counter()
                 transport.write(self._head % len(body) + body)
                 await self._answered
@@ -90,7 +91,7 @@ class _Client(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._answered.done():
+        if self._answered is not None and not self._answered.done():
             self._answered.set_exception(EngineError(f"the server closed a connection: {exc or 'without an answer'}"))
 
     def on_body(self, body: bytes) -> None:
@@ -99,6 +100,7 @@ class _Client(asyncio.Protocol):
             self._times.append(perf_counter())
 
     def on_message_complete(self) -> None:
+        assert self._answered is not None
         self._answered.set_result(None)
 
     def _count(self, sent: float) -> None:

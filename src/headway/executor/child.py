@@ -60,7 +60,8 @@ class Parent:
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None)
         self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to the whole group; that too is for the parent to act on
+        for number in (signal.SIGTERM, signal.SIGINT):  # to the whole group; that too is for the parent to act on
+            signal.signal(number, signal.SIG_IGN)
         self._link = socket.socket(fileno=int(sys.argv[1]))
         self.ticket = self._read(int.from_bytes(self._read(4), "little"))
 

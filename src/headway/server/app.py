@@ -52,7 +52,6 @@ POSTS: Posts = {
 def make_app(state: State) -> ASGIApp:
     started = int(time())
     endpoints: dict[str, ASGIApp] = {path: Endpoint(state, *post) for path, post in POSTS.items()}
-    described = msgspec.json.encode(document(POSTS))
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [_model(state, name, started) for name in state.names]})
@@ -64,34 +63,25 @@ def make_app(state: State) -> ASGIApp:
         code = HTTPStatus.OK if status == "up" else HTTPStatus.SERVICE_UNAVAILABLE
         return _json({"status": status, "replicas": replicas}, code)
 
-    async def version(_: Request) -> Response:
-        return _json({"version": __version__})
-
     async def metrics(_: Request) -> Response:
         if state.looks:
             state.board.look(state.llm)
-        text = exposition(state.names[0], state.board, state.stats)
+        text = exposition(state.names[0], state.board)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def openapi(_: Request) -> Response:
-        return Response(described, media_type="application/json")
-
-    async def docs(_: Request) -> Response:
-        return Response(DOCS, media_type="text/html")
-
-    async def page(_: Request) -> Response:
-        return Response(PAGE, media_type="text/html")
-
+    same: dict[str, ASGIApp] = {
+        "/version": _json({"version": __version__}),
+        "/openapi.json": _json(document(POSTS)),
+        "/docs": Response(DOCS, media_type="text/html"),
+        "/": Response(PAGE, media_type="text/html"),
+    }
     routes = [
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
         Route("/v1/models", models),
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
-        Route("/version", version),
         Route("/metrics", metrics),
-        Route("/openapi.json", openapi),
-        Route("/docs", docs),
-        Route("/", page),
+        *(Route(path, answer, methods=["GET"]) for path, answer in same.items()),
     ]
     app: ASGIApp = _Shortcut(endpoints, Starlette(routes=routes, exception_handlers={404: _error, 405: _error}))
     if state.options.otlp_traces_endpoint is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,10 @@ MAX_HEAD_BYTES = 64 << 10
 """Of a request, without one of its body between: its head, trailers, the extensions of a chunk."""
 LEAST_BYTES = 16 << 10
 """Of a request that takes longer than client_timeout, in each such time."""
+MOST_DROPPED_BYTES = 128 << 20
+"""Of a body that comes after the answer."""
+MOST_PIPELINED = 128
+"""Requests on a connection that have no answer yet."""
 
 
 class Connection(HttpToolsProtocol):
@@ -20,7 +25,8 @@ class Connection(HttpToolsProtocol):
     def __init__(self, client_timeout: float, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timeout = client_timeout
-        self._bare = self._received = 0
+        self._bare = self._received = self._dropped = 0
+        self._unanswered: deque[Any] = deque()
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
 
@@ -30,11 +36,14 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        for cycle in self._unanswered:  # of which uvicorn tells the last
+            cycle.disconnected = True
+            cycle.message_event.set()
         self._request_is_there()
         self.resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        if self._reading is None and (not self.cycle or self.cycle.response_complete):
+        if not self._unanswered:
             self._expect_request()
         self._received += len(data)
         self._bare += len(data)
@@ -42,9 +51,28 @@ class Connection(HttpToolsProtocol):
         if self._bare > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("The head of the request is too large.")
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect_request()
+        self._dropped = 0
+        if len(self._unanswered) >= MOST_PIPELINED:
+            raise ValueError("too many requests wait for an answer")  # which is answered as what is no request is
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._unanswered.append(self.cycle)
+
+    def on_response_complete(self) -> None:
+        self._unanswered.popleft()
+        super().on_response_complete()
+
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
         self._bare = 0
+        if self.cycle.response_complete:
+            self._dropped += len(body)
+            if self._dropped > MOST_DROPPED_BYTES:
+                self.transport.abort()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -61,8 +89,9 @@ class Connection(HttpToolsProtocol):
             self._writing.cancel()
 
     def _expect_request(self) -> None:
-        self._received = 0
-        self._reading = self.loop.call_later(self._timeout, self._check_reading)
+        if self._reading is None:
+            self._received = 0
+            self._reading = self.loop.call_later(self._timeout, self._check_reading)
 
     def _request_is_there(self) -> None:
         if self._reading is not None:
@@ -71,6 +100,7 @@ class Connection(HttpToolsProtocol):
 
     def _check_reading(self) -> None:
         if self._received >= LEAST_BYTES or self.flow.read_paused:
+            self._reading = None
             self._expect_request()
         else:
             self.transport.abort()

@@ -28,17 +28,7 @@ GRACE_S = 5.0
 """How long a front end may take beyond the time that its requests have."""
 
 
-async def keep_front_ends(
-    options: ServeOptions, listener: socket.socket, supervisor: Supervisor, seat: Seat, ready: Callable[[], None]
-) -> int:
-    """Until SIGTERM or Ctrl-C: 0; or until the engines have failed for good, or a front end does not start: 1."""
-    try:
-        return await _FrontEnds(options, listener, supervisor, seat, ready).run()
-    finally:
-        supervisor.close()
-
-
-class _FrontEnds:
+class FrontEnds:
     """Used on one event loop; what it starts ends with that loop's thread."""
 
     def __init__(
@@ -56,49 +46,44 @@ class _FrontEnds:
         self._board = Board(options.api_server_count, len(supervisor.ready), self._memory)
         self._children: dict[int, Child] = {}
         self._silent = set(range(options.api_server_count))  # have never listened
-        self._failed: asyncio.Future[str] = asyncio.Future()
         self._ending = False
 
     async def run(self) -> int:
-        loop, wishes = asyncio.get_running_loop(), Wishes().on_signals()
-        self._engines.ended.add_done_callback(
-            lambda ended: loop.call_soon_threadsafe(self._fail, f"the engine has failed: {ended.result()}")
-        )
-        looking = loop.create_task(self._look())
-        keepers = [loop.create_task(self._keep(number)) for number in range(self._options.api_server_count)]
+        """Until SIGTERM or Ctrl-C: 0; or until the engines have failed for good, or a front end does not start: 1."""
+        wishes, engines = Wishes().on_signals(), asyncio.wrap_future(self._engines.ended)
+        looking = asyncio.create_task(self._look())
+        keepers = [asyncio.create_task(self._keep(number)) for number in range(self._options.api_server_count)]
         try:
-            await first(self._failed, wishes.next(), *keepers)
-            if self._failed.done():
-                print(f"headway: ends, as {self._failed.result()}", file=sys.stderr)
+            await first(engines, wishes.next(), *keepers)
+            failed = [keeper.result() for keeper in keepers if keeper.done()]
+            if engines.done():
+                failed = [f"the engine has failed: {engines.result()}"]
+            for why in failed[:1]:
+                print(f"headway: ends, as {why}", file=sys.stderr)
             await self._end(keepers, wishes)
         finally:
             looking.cancel()
             for child in self._children.values():
                 child.process.kill()
-        return int(self._failed.done())
-
-    def _fail(self, why: str) -> None:
-        if not self._failed.done():
-            self._failed.set_result(why)
+        return int(bool(failed))
 
     async def _look(self) -> None:
         while True:
             self._board.look(self._engines)
             await asyncio.sleep(LOOK_S)
 
-    async def _keep(self, number: int) -> None:
-        """Starts a front end, and again whenever it ends."""
+    async def _keep(self, number: int) -> str:
+        """Starts a front end, and again whenever it ends; returns why it does not."""
         backoff = Backoff()
         while True:
             status = await self._one(number)
+            why = f"front end {number} ended with status {status}"
             if self._ending:
-                return
+                return why
             if number in self._silent:
-                self._fail(f"front end {number} ended with status {status} before it listened")
-                return
+                return f"{why} before it listened"
             delay = backoff.next()
-            why = f"ended with status {status}; it starts again in {delay:g} s"
-            print(f"headway: front end {number} {why}", file=sys.stderr)
+            print(f"headway: {why}; it starts again in {delay:g} s", file=sys.stderr)
             await asyncio.sleep(delay)
             backoff.started()
 
@@ -121,6 +106,7 @@ class _FrontEnds:
         os.close(child.pidfd)
         child.link.close()
         del self._children[number]
+        self._board.unfinished[number] = 0
         return child.process.wait()
 
     def _listens(self, number: int) -> None:
@@ -129,9 +115,10 @@ class _FrontEnds:
             if not self._silent:
                 self._ready()
 
-    async def _end(self, keepers: list[asyncio.Task[None]], wishes: Wishes) -> None:
+    async def _end(self, keepers: list[asyncio.Task[str]], wishes: Wishes) -> None:
         """Once running requests are through, or at a second wish."""
         self._ending = True
+        self._listener.close()  # the front ends' own hold it until they end
         for number, keeper in enumerate(keepers):
             if number not in self._children:
                 keeper.cancel()

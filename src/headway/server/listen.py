@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -50,8 +51,8 @@ def _listen_unix(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     try:
         if os.path.exists(path):
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(path) != errno.ECONNREFUSED:
+            with socket.socket(socket.AF_UNIX) as probe:  # a file that is no socket refuses, too
+                if probe.connect_ex(path) != errno.ECONNREFUSED or not stat.S_ISSOCK(os.stat(path).st_mode):
                     raise FileExistsError(errno.EEXIST, "it exists, and is no socket that was left behind")
             os.unlink(path)
         listener.bind(path)

@@ -5,6 +5,7 @@ A scrape reaches one process and means all of them, so they share their numbers:
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 from bisect import bisect_left
@@ -15,8 +16,9 @@ from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from headway.engine import EngineMetrics
 from headway.engine.port import EngineClient
@@ -49,7 +51,7 @@ class _Histogram:
         return family
 
 
-TTFT = _Histogram("headway:time_to_first_token_seconds", "From a request's arrival to its first token.", _SECONDS)
+TTFT = _Histogram("headway:time_to_first_token_seconds", "From a stream's request to its first token.", _SECONDS)
 ITL = _Histogram("headway:inter_token_latency_seconds", "From a token of a stream to its next one.", _SECONDS)
 E2E = _Histogram("headway:e2e_request_latency_seconds", "From a request's arrival to its end.", _SECONDS)
 PROMPT = _Histogram("headway:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
@@ -76,7 +78,8 @@ _ENGINE = [read for _, read in (*_GAUGES.values(), *_COUNTERS.values())]
 class Board:
     """A row of numbers for each front end of a server and for each of its engines.
 
-    One process writes each row, and all read them. What a front end counted stays when it has ended.
+    One process writes each row, and all read them. What a front end counted stays when it has ended. unfinished: how
+    many requests each front end has; requests: what it has seen of all, for RequestStats.
     """
 
     def __init__(self, front_ends: int, engines: int, fd: int | None = None) -> None:
@@ -89,22 +92,7 @@ class Board:
             os.ftruncate(fd, count * 8)
             numbers = np.frombuffer(mmap.mmap(fd, count * 8), np.float64)
         requests, self._engines = numbers[:cut].reshape(front_ends, -1), numbers[cut:].reshape(engines, -1)
-        self._requests, self._unfinished = requests[:, :-1], requests[:, -1]
-
-    @property
-    def unfinished(self) -> int:
-        """Requests in all front ends."""
-        return int(self._unfinished.sum())
-
-    def enter(self, front_end: int, unfinished: int) -> None:
-        """How many requests a front end has."""
-        self._unfinished[front_end] = unfinished
-
-    def requests(self, front_end: int) -> Array:
-        return self._requests[front_end]
-
-    def total(self) -> Array:
-        return self._requests.sum(axis=0)
+        self.requests, self.unfinished = requests[:, :-1], requests[:, -1]
 
     def look(self, llm: AsyncLLM | EngineClient) -> None:
         """Writes the engines' rows."""
@@ -113,7 +101,7 @@ class Board:
             for health, metrics in zip(llm.health(), llm.replica_metrics())
         ]
 
-    def engines(self, labels: dict[str, str]) -> Iterator[Metric]:
+    def collect(self, labels: dict[str, str]) -> Iterator[Metric]:
         up = ("headway:engine_up", "Whether the engine runs.")
         gauges, counters = ([(name, text) for name, (text, _) in table.items()] for table in (_GAUGES, _COUNTERS))
         families: list[GaugeMetricFamily | CounterMetricFamily] = [
@@ -123,46 +111,8 @@ class Board:
         for family, values in zip(families, self._engines.T.tolist()):
             for engine, value in enumerate(values):
                 family.add_metric([*labels.values(), str(engine)], value)
-        return iter(families)
-
-
-class RequestStats:
-    """What a front end has seen of requests, and all of its server's have. One thread writes."""
-
-    def __init__(self, board: Board, front_end: int) -> None:
-        self._board = board
-        own = board.requests(front_end)
-        self._parts, self._reasons = dict(zip(_HISTOGRAMS, _split(own))), own[-len(_REASONS) :]
-
-    def observe(self, histogram: _Histogram, value: float, count: int = 1) -> None:
-        histogram.observe(self._parts[histogram], value, count)
-
-    def ended(self, reason: str) -> None:
-        self._reasons[_REASONS.index(reason)] += 1
-
-    async def watch(self, outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
-        """The same outputs, counted."""
-        start = last = perf_counter()
-        generated = 0
-        async with aclosing(outputs):
-            async for output in outputs:
-                now, new = perf_counter(), sum([len(one.token_ids) for one in output.outputs])
-                if new and not generated:
-                    self.observe(TTFT, now - start)
-                elif new:
-                    self.observe(ITL, (now - last) / new, new)
-                generated, last = generated + new, now
-                for one in output.outputs:
-                    if one.finish_reason is not None:
-                        self.ended(one.finish_reason)
-                if output.finished:
-                    self.observe(E2E, now - start)
-                    self.observe(PROMPT, len(output.prompt_token_ids))
-                    self.observe(GENERATED, generated)
-                yield output
-
-    def collect(self, labels: dict[str, str]) -> Iterator[Metric]:
-        total = self._board.total()
+        yield from families
+        total = self.requests.sum(axis=0)
         for histogram, part in zip(_HISTOGRAMS, _split(total)):
             yield histogram.family(part, labels)
         ended = CounterMetricFamily(
@@ -173,20 +123,61 @@ class RequestStats:
         yield ended
 
 
+class RequestStats:
+    """What a front end has seen of requests: own is its row of Board.requests. One thread writes."""
+
+    def __init__(self, own: Array) -> None:
+        self._parts, self._reasons = dict(zip(_HISTOGRAMS, _split(own))), own[-len(_REASONS) :]
+
+    def observe(self, histogram: _Histogram, value: float, count: int = 1) -> None:
+        histogram.observe(self._parts[histogram], value, count)
+
+    def ended(self, reason: str) -> None:
+        self._reasons[_REASONS.index(reason)] += 1
+
+    async def watch(
+        self, outputs: AsyncGenerator[RequestOutput, None], stream: bool
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The same outputs, counted. stream: they come as the tokens do."""
+        start, generated, finished = perf_counter(), 0, False
+        last: dict[int, float] = {}  # of each sample
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    now = perf_counter()
+                    for one in output.outputs:
+                        new = len(one.token_ids)
+                        generated += new
+                        if stream and new:
+                            if one.index in last:
+                                self.observe(ITL, (now - last[one.index]) / new, new)
+                            elif not last:
+                                self.observe(TTFT, now - start)
+                            last[one.index] = now
+                        if one.finish_reason is not None:
+                            self.ended(one.finish_reason)
+                    finished = output.finished
+                    if finished:
+                        self.observe(E2E, now - start)
+                        self.observe(PROMPT, len(output.prompt_token_ids))
+                        self.observe(GENERATED, generated)
+                    yield output
+        except (GeneratorExit, asyncio.CancelledError):
+            if not finished:
+                self.ended("abort")
+            raise
+
+
 def _split(array: Array) -> list[Array]:
     ends = np.cumsum([h.size for h in _HISTOGRAMS]).tolist()
     return np.split(array[: ends[-1]], ends[:-1])
 
 
-def exposition(model: str, board: Board, requests: RequestStats) -> bytes:
+def exposition(model: str, board: Board) -> bytes:
     """Prometheus' text format."""
 
-    class All:
+    class All(Collector):
         def collect(self) -> Iterator[Metric]:
-            labels = {"model_name": model}
-            yield from board.engines(labels)
-            yield from requests.collect(labels)
+            return board.collect({"model_name": model})
 
-    registry = CollectorRegistry()
-    registry.register(All())
-    return generate_latest(registry)
+    return generate_latest(All())

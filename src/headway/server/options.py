@@ -48,8 +48,9 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.ssl_keyfile is not None and self.ssl_certfile is None:
-            raise ConfigError("ssl_keyfile", self.ssl_keyfile, "needs ssl_certfile")
+        for name in ("ssl_keyfile", "ssl_ca_certs"):
+            if getattr(self, name) is not None and self.ssl_certfile is None:
+                raise ConfigError(name, getattr(self, name), "needs ssl_certfile")
         for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "chat_template"):
             path = getattr(self, name)
             if path is not None and not os.access(path, os.R_OK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from headway.errors import EngineError
 from headway.llm import AsyncLLM
 from headway.llm.frontend import Resolved, find, start
 from headway.llm.replicas import start_engines
-from headway.server.front_ends import keep_front_ends
+from headway.server.front_ends import FrontEnds
 from headway.server.listen import listening, url_of
 from headway.server.metrics import Board
 from headway.server.options import ServeOptions
@@ -30,13 +31,20 @@ def run(options: ServeOptions, args: EngineArgs) -> int:
     """Exit status 0 after SIGTERM or Ctrl-C, 1 if the engine has failed for good."""
     if args.optimize_for is None:
         args = replace(args, optimize_for="latency")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (most, most)
+    )  # connections: many a system gives 1024 to who does not ask
     with listening(options) as listener:
         found = find(**asdict(args))
         said = f"headway: {url_of(options, listener)} serves {found.config.model.served_model_name}"
         ready = partial(print, said, file=sys.stderr, flush=True)
         if options.api_server_count > 1:
             supervisor, seat = start_engines(found, options.on_engine_death)
-            return asyncio.run(keep_front_ends(options, listener, supervisor, seat, ready))
+            try:
+                return asyncio.run(FrontEnds(options, listener, supervisor, seat, ready).run())
+            finally:
+                supervisor.close()
         llm = AsyncLLM.over(*start(found, options.on_engine_death))
         state = State(llm, options, [found.config.model.served_model_name], Board(1, len(llm.health())))
         try:

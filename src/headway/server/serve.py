@@ -9,6 +9,7 @@ import ssl
 import sys
 from collections.abc import Callable, Coroutine, Generator
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
 import uvicorn
@@ -57,6 +58,7 @@ async def serve(state: State, listener: socket.socket, wishes: Wishes, ready: Ca
         ssl_keyfile=options.ssl_keyfile,
         ssl_ca_certs=options.ssl_ca_certs,
         ssl_cert_reqs=ssl.CERT_REQUIRED if options.ssl_ca_certs else ssl.CERT_NONE,
+        timeout_keep_alive=ceil(options.client_timeout),
         timeout_graceful_shutdown=CLOSE_S,
     )
     server = _Server(config, ready)

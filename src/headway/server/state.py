@@ -24,14 +24,17 @@ from headway.server.reading import ANSWER
 if TYPE_CHECKING:
     from headway.server.tracing import Traces
 
+DRAIN_S = 0.02
+"""How late it may be seen that nothing runs any more."""
+
 
 @dataclass(slots=True)
 class State:
     """names: that the model answers to, the first in answers. front_end: its number among those of the server. looks:
     whether it is the one that writes down how the engines are. data_parallel_rank: the replica that a request is for.
 
-    tasks: of requests that run. draining: the server ends once there are none. chat_template: in place of the model's.
-    tools, thinks: what the chat template teaches of calls and reasoning.
+    tasks: of requests that run. draining: the server ends once there are none in any front end. chat_template: in
+    place of the model's. tools, thinks: what the chat template teaches of calls and reasoning.
     """
 
     llm: AsyncLLM
@@ -45,7 +48,6 @@ class State:
     draining: bool = False
     traces: Traces | None = None
     stats: RequestStats = field(init=False)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
     chat_defaults: SamplingParams = field(init=False)
     completion_defaults: SamplingParams = field(init=False)
     chat_template: str | None = field(init=False)
@@ -53,8 +55,7 @@ class State:
     thinks: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stats = RequestStats(self.board, self.front_end)
-        self._count()
+        self.stats = RequestStats(self.board.requests[self.front_end])
         path = self.options.chat_template
         self.chat_template = None if path is None else Path(path).read_text()
         template = "\n".join(self.llm.tokenizer.chat_templates.values()) if path is None else self.chat_template or ""
@@ -81,7 +82,7 @@ class State:
         retry = {"retry-after": str(RETRY_AFTER_S)}
         if self.draining:
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers=retry)
-        if self.board.unfinished >= self.most:
+        if self.board.unfinished.sum() >= self.most:
             message = (
                 f"{self.most} requests run or wait, which is as many as may (max_waiting={self.options.max_waiting})"
             )
@@ -89,17 +90,14 @@ class State:
         task = asyncio.current_task()
         self.tasks.add(task)
         self._count()
-        self.idle.clear()
         try:
             yield
         finally:
             self.tasks.remove(task)
             self._count()
-            if not self.tasks:
-                self.idle.set()
 
     def _count(self) -> None:
-        self.board.enter(self.front_end, len(self.tasks))
+        self.board.unfinished[self.front_end] = len(self.tasks)
 
     def for_replica(self, rank: int) -> State:
         """For a request that names its replica."""
@@ -108,10 +106,11 @@ class State:
         return state
 
     async def drain(self) -> None:
-        """Refuses new requests from now on, and waits for those that run."""
+        """Refuses new requests from now on, and waits for those that run, in other front ends too: until then who comes
+        on a connection that is open is told."""
         self.draining = True
-        if self.tasks:
-            await self.idle.wait()
+        while self.board.unfinished.any():
+            await asyncio.sleep(DRAIN_S)
 
     def cut(self) -> None:
         """Their clients are told that the server ends."""
