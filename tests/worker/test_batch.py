@@ -198,7 +198,7 @@ def test_token_ids_outside_the_vocabulary_are_dropped() -> None:
     extras = batch.extras[0]
     assert extras.bias_ids.tolist() == [3]
     assert extras.stop_ids.tolist() == [9]
-    assert [w.tolist() for w in extras.bad_words] == [[1, 2]]
+    assert extras.bad_words == {1: {np.array([1], np.int32).tobytes(): [2]}}
 
 
 def test_an_encoder_reads_whole_prompts_and_their_segments() -> None:

@@ -27,15 +27,11 @@ def adjust_logits(logits_V: Float32Array, batch: Batch, slot: int, mask: bytes |
 
 def _apply_extras(logits_V: Float32Array, extras: SlotExtras, output: Int32Array, min_tokens: int) -> None:
     logits_V[extras.bias_ids] += extras.bias
-    for word in extras.bad_words:
-        if _ends_with(output, word[:-1]):
-            logits_V[word[-1]] = -np.inf
+    for length, complete in extras.bad_words.items():
+        if length <= len(output) and (tokens := complete.get(output[len(output) - length :].tobytes())):
+            logits_V[tokens] = -np.inf
     if len(output) < min_tokens:
         logits_V[extras.stop_ids] = -np.inf
-
-
-def _ends_with(output: Int32Array, prefix: Int32Array) -> bool:
-    return len(output) >= len(prefix) and bool((output[len(output) - len(prefix) :] == prefix).all())
 
 
 def _apply_mask(logits_V: Float32Array, mask: bytes) -> None:

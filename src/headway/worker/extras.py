@@ -37,13 +37,14 @@ HAS_EXTRAS = Kind.ADJUSTED | Kind.PROMPT_LOGPROBS | Kind.POOL
 class SlotExtras:
     """Every slot whose kind is in HAS_EXTRAS has one.
 
-    bias_ids, bias: logit bias. stop_ids: masked until min_tokens are generated. logprobs, prompt_logprobs: how many
-    candidates to report, None for no report.
+    bias_ids, bias: logit bias. bad_words: tokens that complete one, by how many tokens are before them and by which (int32
+    bytes), so that a step looks once for each length. stop_ids: masked until min_tokens are generated. logprobs,
+    prompt_logprobs: how many candidates to report, None for no report.
     """
 
     bias_ids: TokenIds
     bias: Float32Array
-    bad_words: list[Int32Array]
+    bad_words: dict[int, dict[bytes, list[int]]]
     stop_ids: TokenIds
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -72,13 +73,20 @@ def extras_of(start: SlotStart, vocab_size: int) -> SlotExtras:
     return SlotExtras(
         bias_ids=np.array(list(bias), np.int64),
         bias=np.array(list(bias.values()), np.float32),
-        bad_words=[np.array(w, np.int32) for w in start.bad_words_ids if w and 0 <= min(w) <= max(w) < vocab_size],
+        bad_words=_bad_words([w for w in start.bad_words_ids if w and 0 <= min(w) <= max(w) < vocab_size]),
         stop_ids=np.array([t for t in start.stop_token_ids if 0 <= t < vocab_size], np.int64),
         logprobs=params and params.logprobs,
         prompt_logprobs=params and params.prompt_logprobs,
         pooling=start.pooling,
         token_type_ids=start.token_type_ids,
     )
+
+
+def _bad_words(words: list[list[int]]) -> dict[int, dict[bytes, list[int]]]:
+    found: dict[int, dict[bytes, list[int]]] = {}
+    for *before, last in words:
+        found.setdefault(len(before), {}).setdefault(np.array(before, np.int32).tobytes(), []).append(last)
+    return found
 
 
 def _is_adjusted(start: SlotStart, params: SamplingParams) -> bool:
