@@ -37,8 +37,8 @@ HAS_EXTRAS = Kind.ADJUSTED | Kind.PROMPT_LOGPROBS | Kind.POOL
 class SlotExtras:
     """Every slot whose kind is in HAS_EXTRAS has one.
 
-    bias_ids, bias: logit bias. bad_words: tokens that complete one, by how many tokens are before them and by which (int32
-    bytes), so that a step looks once for each length. stop_ids: masked until min_tokens are generated. logprobs,
+    bias_ids, bias: logit bias. bad_words: tokens that complete one, by how many tokens are before them and by which
+    (int32 bytes), so that a step looks once for each length. stop_ids: masked until min_tokens are generated. logprobs,
     prompt_logprobs: how many candidates to report, None for no report.
     """
 
