@@ -67,7 +67,7 @@ def test_other_requests_are_prompts() -> None:
         (request(CHAT, {"messages": HELLO, "stream": True}), "body.stream=True: must be False"),
         (request(CHAT, {"messages": HELLO, "audio": {}}), "body.audio={}: is not supported"),
         (request(TEXT, {"prompt": "p", "suffix": "s"}), "body.suffix='s': is not supported"),
-        (request(TEXT, {"prompt": ["a", "b"]}), "body.prompt=['a', 'b']: must be one text, or a list of token ids"),
+        (request(TEXT, {"prompt": ["a", "b"]}), "body.prompt='2 prompts': must be at most 1"),
         (request(CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}), "must be text, json_object"),
     ],
 )

@@ -106,10 +106,8 @@ def _request(kind: type[_Request], body: Body) -> _Request:
 
 
 def _prompt(name: str, given: Input) -> Record:
-    prompts = prompts_of(name, given)
-    if len(prompts) > 1:
-        raise RequestError(f"body.{name}", given, "must be one text, or a list of token ids")
-    text, ids = prompts[0].text, prompts[0].token_ids
+    (prompt,) = prompts_of(f"body.{name}", given, most=1)
+    text, ids = prompt.text, prompt.token_ids
     return {"tokenized_prompt": ids} if text is None else {"prompt": text}
 
 

@@ -25,7 +25,7 @@ async def completions(state: State, request: CompletionRequest) -> Answer:
     check(state, request)
     # The engine generates at least one token; where none is asked for, it is not shown.
     params = sampling(request, state.completion_defaults, **({"max_tokens": 1} if _is_echo_alone(request) else {}))
-    prompts = prompts_of("prompt", request.prompt)
+    prompts = prompts_of("prompt", request.prompt, state.most)
     if request.stream:
         return _stream(state, prompts, params, request)
     outputs = await whole(state, prompts, params, request)

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from headway.errors import RequestError
 from headway.messages import PooledOutput, PoolingParams
 from headway.server.answers import Head, Record, encode
 from headway.server.errors import ApiError, named
@@ -105,10 +104,8 @@ async def rerank(state: State, request: RerankRequest) -> bytes:
 
 
 async def _pooled(state: State, given: Input, params: PoolingParams) -> list[PooledOutput]:
-    if len(given) > MAX_INPUTS and isinstance(given, list) and not isinstance(given[0], int):
-        raise RequestError("input", f"{len(given)} prompts", f"must be at most {MAX_INPUTS}")
     with named({"prompt": "input", "prompt_token_ids": "input"}):
-        return await state.llm.pool(prompts_of("input", given), params, state.data_parallel_rank)
+        return await state.llm.pool(prompts_of("input", given, MAX_INPUTS), params, state.data_parallel_rank)
 
 
 def _base64(vector: Sequence[float]) -> str:

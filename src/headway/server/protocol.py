@@ -202,10 +202,12 @@ def converted(field: str, value: Any, kind: type[T]) -> T:
         raise RequestError(field, value, str(error)[:1].lower() + str(error)[1:]) from None
 
 
-def prompts_of(field: str, given: Input) -> list[PromptInput]:
-    """Raises RequestError."""
+def prompts_of(field: str, given: Input, most: int) -> list[PromptInput]:
+    """Raises RequestError, also for more of them than ``most``."""
     if isinstance(given, str):
         return [PromptInput(text=given)]
+    if len(given) > most and not isinstance(given[0], int):
+        raise RequestError(field, f"{len(given)} prompts", f"must be at most {most}")
     kinds = set(map(type, given))
     if not given or (int in kinds and len(kinds) > 1):
         raise RequestError(field, given, "must be a text, token ids, or a list of texts and lists of token ids")
