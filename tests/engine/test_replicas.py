@@ -15,7 +15,7 @@ from headway import LLM, AsyncLLM, SamplingParams
 from headway.engine.metrics import EngineMetrics
 from headway.errors import ConfigError, EngineDead, EngineError, ModelError, RequestError
 from headway.llm.frontend import find
-from headway.llm.replicas import Seat, start_engines
+from headway.llm.replicas import start_engines
 
 PROMPTS = [[5 + i, 6, 7] for i in range(12)]
 PARAMS = [SamplingParams(temperature=i % 2, seed=i, max_tokens=12, ignore_eos=True) for i in range(12)]
@@ -135,7 +135,7 @@ async def test_several_front_ends_share_the_engines(settings: dict[str, Any], ex
     before = what_is_left()
     supervisor, seat = start_engines(find(**settings, data_parallel_size=2))
     links = [supervisor.seat(), supervisor.seat()]
-    fronts = [AsyncLLM.over(*Seat.decode(seat.encode()).join(link)) for link in links]
+    fronts = [AsyncLLM.over(*seat.join(link)) for link in links]
     answers = [tokens(fronts[i % 2], prompt, params) for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS))]
     assert await asyncio.gather(*answers) == expected
     for front in fronts:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from headway import AsyncLLM, SamplingParams
@@ -210,12 +211,12 @@ async def test_a_killed_front_end_leaves_no_process_and_no_file(settings: dict[s
 
 
 FRONT_END = """
-import asyncio, socket, sys
+import asyncio, msgspec, socket, sys
 from headway import AsyncLLM, SamplingParams
 from headway.llm.replicas import Seat
 
 async def main():
-    seat = Seat.decode(sys.stdin.buffer.read())
+    seat = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Seat)
     llm = AsyncLLM.over(*seat.join(socket.socket(fileno=int(sys.argv[1]))))
     async for delta in llm.generate([1, 2], SamplingParams(max_tokens=400, ignore_eos=True), stream=len(sys.argv) < 3):
         print("ran", flush=True)
@@ -237,7 +238,7 @@ async def test_requests_of_a_front_end_that_is_killed_leave_the_engines(settings
     async with AsyncLLM.over(seat.frontend(), supervisor.client()) as llm:
         with program:
             assert program.stdin is not None and program.stdout is not None
-            program.stdin.write(seat.encode())
+            program.stdin.write(msgspec.msgpack.encode(seat))
             program.stdin.close()
             assert program.stdout.readline() == b"ran\n"
             await within(2, lambda: llm.metrics().running == 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -213,12 +213,26 @@ def _stepped(engine: EngineClient) -> Stepped:
     return Stepped(engine)
 
 
-def _progress(wanted: bool, total: int) -> AbstractContextManager[OnOutput]:
-    return _Bar(total) if wanted else nullcontext(_show_nothing)
+@contextmanager
+def _progress(wanted: bool, total: int) -> Generator[OnOutput]:
+    """A bar of prompts, if it is wanted, with the rate of generated tokens."""
+    if not wanted:
+        yield lambda output: None
+        return
+    from tqdm import tqdm
 
+    tokens = 0
 
-def _show_nothing(output: object) -> None:
-    pass
+    def show(output: RequestOutput | PooledOutput) -> None:
+        nonlocal tokens
+        if isinstance(output, RequestOutput):
+            tokens += sum(len(c.token_ids) for c in output.outputs)
+            elapsed = bar.format_dict["elapsed"] or 1e-9
+            bar.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
+        bar.update()
+
+    with tqdm(total=total, unit="prompt", dynamic_ncols=True) as bar:
+        yield show
 
 
 def _one_each(params: Params | Sequence[Params], count: int) -> Sequence[Params]:
@@ -227,26 +241,3 @@ def _one_each(params: Params | Sequence[Params], count: int) -> Sequence[Params]
     if len(params) != count:
         raise RequestError("params", f"{len(params)} of them", f"give one for all, or one for each of {count} prompts")
     return params
-
-
-class _Bar:
-    """A progress bar of prompts, with the rate of generated tokens."""
-
-    def __init__(self, total: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, unit="prompt", dynamic_ncols=True)
-        self._tokens = 0
-
-    def __call__(self, output: RequestOutput | PooledOutput) -> None:
-        if isinstance(output, RequestOutput):
-            self._tokens += sum(len(c.token_ids) for c in output.outputs)
-            elapsed = self._bar.format_dict["elapsed"] or 1e-9
-            self._bar.set_postfix_str(f"{self._tokens / elapsed:.0f} tokens/s", refresh=False)
-        self._bar.update()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.close()

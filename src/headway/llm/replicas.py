@@ -30,13 +30,6 @@ class Seat:
     found: Resolved
     info: WorkerInfo
 
-    def encode(self) -> bytes:
-        return msgspec.msgpack.encode(self)
-
-    @staticmethod
-    def decode(data: bytes) -> Seat:
-        return msgspec.msgpack.decode(data, type=Seat)
-
     def frontend(self) -> Frontend:
         config, facts = self.found.config, self.found.facts
         tokenizer, grammar = read_tokenizer(config, facts, self.found.tokenizer)
