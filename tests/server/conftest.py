@@ -72,3 +72,4 @@ def wide() -> Iterator[Served]:
     server = Served("smollm2-135m-instruct", *executor, "--client-timeout", "1")
     yield server
     assert server.end() == 0, server.log
+    assert len(server.log) == 1, "clients have written to the log"

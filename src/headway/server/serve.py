@@ -49,7 +49,7 @@ async def serve(state: State, listener: socket.socket, wishes: Wishes, ready: Ca
         http=connections(options.client_timeout),
         ws="none",
         lifespan="off",
-        log_level="warning",
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
