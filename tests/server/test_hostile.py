@@ -106,6 +106,8 @@ HOSTILE: dict[str, tuple[str, Any]] = {
     "wrong token": (COMPLETIONS, {"prompt": [10**30]}),
     "no prompts": (COMPLETIONS, {"prompt": []}),
     "10,000 prompts": (COMPLETIONS, {"prompt": ["a"] * 10_000}),
+    "2 million prompts": (COMPLETIONS, b'{"prompt": [' + b'"a",' * 2_000_000 + b'"a"]}'),
+    "4 million token ids": ("/v1/embeddings", b'{"input": [' + b"1," * 4_000_000 + b"1]}"),
     "too long a prompt": (COMPLETIONS, {"prompt": "a" * 4_000_000}),
     "100,000 stops": _prompt(stop=[f"zz{i}" for i in range(100_000)]),
     "100,000 biases": _prompt(logit_bias={str(i): 1 for i in range(100_000)}),
@@ -114,6 +116,8 @@ HOSTILE: dict[str, tuple[str, Any]] = {
     "a long bad word": _prompt(bad_words=["bad " * 200_000]),
     "all log probabilities": (CHAT, {"messages": MESSAGES, "logprobs": True, "top_logprobs": 49152}),
     "all of the prompt's": _prompt(prompt_logprobs=49152),
+    "many of many prompts": _prompt(prompt=[[5] * 8000] * 3, prompt_logprobs=100),
+    "many of an echo's samples": _prompt(prompt=[5] * 8000, echo=True, logprobs=100, n=1000),
     "n": _prompt(n=1025),
     "top_k": _prompt(top_k=10**30),
     "700,000 texts": ("/v1/embeddings", {"input": ["a"] * 700_000}),
@@ -152,10 +156,17 @@ def test_a_long_chain_of_definitions_costs_no_process(wide: Served) -> None:
 
 def test_many_at_once_are_honoured(wide: Served) -> None:
     with _Watch(wide) as watch:
-        for given in ({"n": 1024}, {"prompt": ["a b c"] * 2000}, {"stop": ["z" * 10_000] * 100}):
+        for given in (
+            {"n": 1024},
+            {"prompt": ["a b c"] * 2000},
+            {"stop": ["z" * 10_000] * 100},
+            {"prompt": ["a"] * 500, "bad_words": [f"{i} {'xyz ' * 60}" for i in range(1024)]},
+        ):
             path, body = _prompt(**given)
             status, answer = _post(wide, path, body)
             assert status == 200, answer
+        status, answer = _post(wide, "/v1/embeddings", {"input": ["ab cd " * 660] * 2048})
+        assert status == 200, answer
     assert max(watch.seconds) < HEALTH_S
 
 
