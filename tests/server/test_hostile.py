@@ -118,6 +118,7 @@ HOSTILE: dict[str, tuple[str, Any]] = {
     "all of the prompt's": _prompt(prompt_logprobs=49152),
     "many of many prompts": _prompt(prompt=[[5] * 8000] * 3, prompt_logprobs=100),
     "many of an echo's samples": _prompt(prompt=[5] * 8000, echo=True, logprobs=100, n=1000),
+    "many of many samples": _prompt(n=1000, logprobs=100, max_tokens=8000),
     "n": _prompt(n=1025),
     "top_k": _prompt(top_k=10**30),
     "700,000 texts": ("/v1/embeddings", {"input": ["a"] * 700_000}),

@@ -21,8 +21,8 @@ from headway.server.state import State
 
 Outputs = AsyncGenerator[RequestOutput, None]
 
-MAX_PROMPT_LOGPROBS = 2_000_000
-"""Of a request, in all: 16 millions held the event loop for 8 s."""
+MAX_LOGPROBS = 2_000_000
+"""Of an answer that is whole: 5 millions held the event loop for 3.5 s, and took a gigabyte."""
 
 
 def check(state: State, request: Sampling) -> None:
@@ -69,7 +69,7 @@ async def run(
     state: State, prompts: list[PromptInput], params: SamplingParams, request: Sampling
 ) -> AsyncGenerator[Outputs]:
     """The prompts' outputs as they come; samples are numbered through all prompts. Leaving it ends what still runs."""
-    _check_size(state, prompts, params)
+    _check_size(state, prompts, params, bool(request.stream))
     streams = [
         state.stats.watch(
             state.llm.generate(
@@ -110,15 +110,21 @@ def check_end(sample: Completion) -> None:
         raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the request was aborted")
 
 
-def _check_size(state: State, prompts: list[PromptInput], params: SamplingParams) -> None:
-    n = params.n
-    if len(prompts) * n > state.most:
+def _check_size(state: State, prompts: list[PromptInput], params: SamplingParams, stream: bool) -> None:
+    n, samples, limit = params.n, len(prompts) * params.n, state.llm.config.model.max_model_len
+    if samples > state.most:
         accepted = f"at most {state.most} samples, of all prompts together, may run or wait"
         raise RequestError("prompt" if len(prompts) > 1 else "n", f"{len(prompts)} prompts, n={n}", accepted)
-    length, count = sum(len(prompt.token_ids or prompt.text or "") for prompt in prompts), params.prompt_logprobs
-    if count is not None and n * length * (1 + count) > MAX_PROMPT_LOGPROBS:
-        accepted = f"of {n} samples, and prompts of {length} characters or tokens, at most {MAX_PROMPT_LOGPROBS} in all"
-        raise RequestError("prompt_logprobs", count, accepted)
+    length = sum(len(prompt.token_ids or prompt.text or "") for prompt in prompts)
+    _check_logprobs("prompt_logprobs", params.prompt_logprobs, n * length)
+    if samples > 1 and not stream:
+        _check_logprobs("logprobs", params.logprobs, samples * min(params.max_tokens or limit, limit))
+
+
+def _check_logprobs(field: str, count: int | None, tokens: int) -> None:
+    if count is not None and tokens * (1 + count) > MAX_LOGPROBS:
+        accepted = f"an answer of up to {tokens} tokens would have more than {MAX_LOGPROBS} candidates"
+        raise RequestError(field, count, accepted)
 
 
 async def _merged(streams: list[Outputs], n: int) -> Outputs:
