@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -185,6 +186,21 @@ def test_a_body_that_is_too_large_is_refused(guarded: tuple[Served, str], connec
     answer = _post(connect(guarded[1]), body, Authorization="Bearer secret")
     assert answer.status == 413
     assert "max_body_bytes=100000" in json.load(answer)["error"]["message"]
+
+
+def test_large_bodies_that_do_not_end_take_bounded_memory(guarded: tuple[Served, str], connect: Connect) -> None:
+    sockets: list[socket.socket] = []
+    for _ in range(66):
+        connection = connect(guarded[1])
+        connection.putrequest("POST", "/tokenize")
+        for name, value in {"Authorization": "Bearer secret", "Content-Length": "100000"}.items():
+            connection.putheader(name, value)
+        connection.endheaders(b" " * 99_999)
+        sockets.append(connection.sock)
+    answered, _, _ = select.select(sockets, [], [], 10)
+    assert {one.recv(12) for one in answered} == {b"HTTP/1.1 429"}
+    answer = _post(connect(guarded[1]), {**CHAT, "max_tokens": 1}, Authorization="Bearer secret")
+    assert answer.status == 200
 
 
 def test_more_requests_than_may_wait_are_told_to_come_again(guarded: tuple[Served, str], connect: Connect) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from headway.server.errors import ApiError, api_error
+from headway.server.errors import RETRY, ApiError, api_error
 from headway.server.protocol import decode
 from headway.server.state import State
 
@@ -25,6 +25,11 @@ Headers = list[tuple[bytes, bytes]]
 _JSON = (b"content-type", b"application/json")
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
+MOST_BODIES = 64
+"""How many of the largest there is room for before they have come as a whole."""
+SMALL_BYTES = 64 << 10
+"""A body that finds room nevertheless."""
+
 
 class Endpoint(Generic[T]):
     """A POST of JSON. answer: gives the body of the answer, or events. A client that leaves cancels it."""
@@ -36,7 +41,7 @@ class Endpoint(Generic[T]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
         try:
-            body = await read_body(scope, receive, self._state.options.max_body_bytes)
+            body = await read_body(scope, receive, self._state)
             state = _for_replica(self._state, scope["headers"])
             await _unless_gone(self._serve(state, body, reply), receive)
         except _Gone:
@@ -108,21 +113,28 @@ class _Gone(Exception):
     """The client has left."""
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, state: State) -> bytes:
     """What says that it is too large is refused unread; what turns out to be, then."""
-    body = bytearray()
+    body, limit = bytearray(), state.options.max_body_bytes
     told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     if int(told) > limit:
         raise _too_large(scope, limit)
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _Gone
-        body += message["body"]
-        if len(body) > limit:
-            raise _too_large(scope, limit)
-        if not message.get("more_body"):
-            return bytes(body)
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise _Gone
+            body += message["body"]
+            state.reading += len(message["body"])
+            if len(body) > limit:
+                raise _too_large(scope, limit)
+            if not message.get("more_body"):
+                return bytes(body)
+            if state.reading > MOST_BODIES * limit and len(body) > SMALL_BYTES:
+                message = "as many large bodies are on their way as may"
+                raise ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, headers=RETRY)
+    finally:
+        state.reading -= len(body)
 
 
 def _too_large(scope: Scope, limit: int) -> ApiError:

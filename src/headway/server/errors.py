@@ -11,7 +11,8 @@ import msgspec
 
 from headway.errors import EngineError, FieldError, RequestError, UserError
 
-RETRY_AFTER_S = 1
+RETRY = {"retry-after": "1"}
+"""Seconds: when to come again."""
 
 
 class ApiError(Exception):
@@ -50,8 +51,8 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, RecursionError):
         return ApiError(HTTPStatus.BAD_REQUEST, "the body is nested too deeply")
     if isinstance(error, EngineError):
-        message, headers = f"the engine has failed: {error}", {"retry-after": str(RETRY_AFTER_S)}
-        return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, code="engine_dead", headers=headers)
+        message = f"the engine has failed: {error}"
+        return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, message, code="engine_dead", headers=RETRY)
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, f"the server has failed: {type(error).__name__}")
 
 

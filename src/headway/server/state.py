@@ -16,7 +16,7 @@ import msgspec
 from headway.llm import AsyncLLM
 from headway.llm.tools import ToolParser
 from headway.messages import SamplingParams
-from headway.server.errors import RETRY_AFTER_S, ApiError
+from headway.server.errors import RETRY, ApiError
 from headway.server.metrics import Board, RequestStats
 from headway.server.options import ServeOptions
 from headway.server.reading import ANSWER
@@ -33,8 +33,9 @@ class State:
     """names: that the model answers to, the first in answers. front_end: its number among those of the server. looks:
     whether it is the one that writes down how the engines are. data_parallel_rank: the replica that a request is for.
 
-    tasks: of requests that run. draining: the server ends once there are none in any front end. chat_template: in
-    place of the model's. tools, thinks: what the chat template teaches of calls and reasoning.
+    tasks: of requests that run. reading: bytes of bodies that have not come as a whole yet. draining: the server ends
+    once no front end has requests. chat_template: in place of the model's. tools, thinks: what the chat template
+    teaches of calls and reasoning.
     """
 
     llm: AsyncLLM
@@ -45,6 +46,7 @@ class State:
     looks: bool = True
     data_parallel_rank: int | None = None
     tasks: set[asyncio.Task[Any] | None] = field(default_factory=set[asyncio.Task[Any] | None])
+    reading: int = 0
     draining: bool = False
     traces: Traces | None = None
     stats: RequestStats = field(init=False)
@@ -79,14 +81,13 @@ class State:
     @contextmanager
     def room(self) -> Generator[None]:
         """For a request that takes the engine's time. ApiError if there is none."""
-        retry = {"retry-after": str(RETRY_AFTER_S)}
         if self.draining:
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers=retry)
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers=RETRY)
         if self.board.unfinished.sum() >= self.most:
             message = (
                 f"{self.most} requests run or wait, which is as many as may (max_waiting={self.options.max_waiting})"
             )
-            raise ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, headers=retry)
+            raise ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, headers=RETRY)
         task = asyncio.current_task()
         self.tasks.add(task)
         self._count()
