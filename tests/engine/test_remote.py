@@ -29,7 +29,7 @@ from headway.engine.wire import (
     decode_to_engine,
     encode,
 )
-from headway.errors import EngineDead, EngineError
+from headway.errors import EngineDead, EngineError, RequestError
 from headway.executor.failure import failure_of
 from headway.messages import EngineOutput, Request, SamplingParams
 
@@ -117,6 +117,17 @@ async def test_a_request_of_an_engine_that_died_runs_again_unless_it_was_aborted
             other.tells(News([EngineOutput(request_id=again.request_id, finish_reason="stop")], [], 1, EngineMetrics()))
         item = await asyncio.wait_for(items.get(), WAIT_S)
         assert isinstance(item, EngineDead if aborted else EngineOutput)
+
+
+async def test_a_request_that_no_message_can_hold_fails_alone() -> None:
+    async with two_engines() as (replicas, *_, engine):
+        items: asyncio.Queue[tuple[str, Item]] = asyncio.Queue()
+        bad, good = (replace(request(), request_id=name, data_parallel_rank=1) for name in ("bad", "good"))
+        bad.priority = 1 << 70
+        replicas.submit([bad, good], lambda *item: items.put_nowait(item))
+        assert len((await engine.hears(Submit)).requests) == 1
+        name, item = await asyncio.wait_for(items.get(), WAIT_S)
+        assert name == "bad" and isinstance(item, RequestError) and "can't serialize" in str(item)
 
 
 async def test_an_engine_that_comes_while_the_others_act_does_so_too() -> None:

@@ -66,12 +66,14 @@ class RemoteEngine:
         return self.metrics.running + self.metrics.waiting + self._submitted - self._taken
 
     def submit(self, batch: list[Sent]) -> None:
-        for sent in batch:
-            sent.remote, sent.id, sent.tries = self, next(self._ids), sent.tries + 1
-            self._sent[sent.id] = sent
-        self._submitted += len(batch)
-        requests = [msgspec.structs.replace(sent.stream.request, request_id=sent.id) for sent in batch]
+        """Raises OverflowError or UnicodeError, before anything has happened, for what no message can hold."""
+        ids = [next(self._ids) for _ in batch]
+        requests = [msgspec.structs.replace(sent.stream.request, request_id=name) for sent, name in zip(batch, ids)]
         self._dialer.send(encode(Submit(requests)))
+        self._submitted += len(batch)
+        for sent, name in zip(batch, ids):
+            sent.remote, sent.id, sent.tries = self, name, sent.tries + 1
+            self._sent[name] = sent
 
     def abort(self, batch: list[Sent]) -> None:
         """Their last outputs still come."""

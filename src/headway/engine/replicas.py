@@ -149,7 +149,7 @@ class Replicas(EngineClient):
             loads[replica] += 1
             chosen.setdefault(self._up[replica], []).append(sent)
         for remote, entering in chosen.items():
-            remote.submit(entering)
+            failed += _submit(remote, entering)
         self._arrived(failed)
 
     def _route(self, sent: Sent, loads: dict[int, int]) -> int:
@@ -312,3 +312,14 @@ class Replicas(EngineClient):
 def _counted(metrics: EngineMetrics) -> EngineMetrics:
     """What stays of it when nothing runs."""
     return msgspec.structs.replace(metrics, running=0, waiting=0, blocks_used=0, blocks_total=0)
+
+
+def _submit(remote: RemoteEngine, batch: list[Sent]) -> list[tuple[Sent, Item]]:
+    """Those that cannot be."""
+    try:
+        remote.submit(batch)
+    except (OverflowError, UnicodeError) as error:
+        if len(batch) == 1:
+            return [(batch[0], RequestError("request", batch[0].stream.request.request_id, str(error)))]
+        return [failed for sent in batch for failed in _submit(remote, [sent])]
+    return []
