@@ -300,6 +300,7 @@ NEEDLESS = {"type": "function", "function": {"name": "f"}}
         ("tools", [{"type": "function"}]),
         ("tools", [NEEDLESS]),
         ("tool_choice", "required"),
+        ("chat_template_kwargs", {"add_generation_prompt": False}),
         ("response_format", {"type": "json_schema"}),
         ("response_format", {"type": "json_object", "json_schema": {"schema": {"type": "object"}}}),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}),

@@ -78,6 +78,16 @@ def test_documents_are_ranked(encoder: Served) -> None:
     assert body["results"][0]["relevance_score"] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("path", "field", "value"),
+    [("rerank", "documents", []), ("rerank", "top_n", 0), ("score", "text_2", []), ("score", "text_2", [CAT] * 2049)],
+)
+def test_what_cannot_be_ranked_or_scored_is_named(encoder: Served, path: str, field: str, value: object) -> None:
+    body = {"query": CAT, "documents": [DOG]} if path == "rerank" else {"text_1": CAT, "text_2": DOG}
+    status, answer = _post(encoder, f"/v1/{path}", **{**body, field: value})
+    assert (status, answer["error"]["param"]) == (400, field), answer
+
+
 def test_a_text_is_scored_against_many(encoder: Served) -> None:
     _, body = _post(encoder, "/v1/score", text_1=CAT, text_2=[CAT, DOG, LOAN])
     scores = [one["score"] for one in body["data"]]

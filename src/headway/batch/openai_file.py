@@ -17,7 +17,7 @@ from headway.batch.row import Row
 from headway.batch.sinks import JsonLinesSink, Record
 from headway.errors import RequestError
 from headway.messages import Completion
-from headway.server.answers import Head, Usage, chat_choice, text_choice, text_logprobs
+from headway.server.answers import Usage, chat_choice, head, text_choice, text_logprobs
 from headway.server.pooling import EmbeddingRequest
 from headway.server.protocol import ChatRequest, CompletionRequest, Input, field_of, prompts_of
 from headway.server.reading import Call, Message
@@ -137,7 +137,7 @@ def answer_body(row: Row) -> Record:
     usage = Usage(prompt, sum(one["num_generated_tokens"] for one in samples), data.get("num_cached_tokens", 0))
     prefix, object_ = _HEADS[url]
     return {
-        **Head(prefix, object_, model).record(),
+        **head(prefix, object_, model),
         "id": f"{prefix}-{row.index}",
         "choices": [_choice(url, i, sample, body.get("top_logprobs") or 0) for i, sample in enumerate(samples)],
         "usage": usage.record(),

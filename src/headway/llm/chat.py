@@ -51,14 +51,16 @@ class ChatRenderer:
         if continue_final_message:
             conversation[-1]["content"] = (conversation[-1]["content"] or "") + _CONTINUE_HERE
         template = self._template(chat_template or self._choose(tools))
-        variables = {**self._special_tokens, **_plain("chat_template_kwargs", template_kwargs or {})}
+        variables = {
+            "messages": conversation,
+            "tools": _plain("tools", tools),
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
+        more = _plain("chat_template_kwargs", template_kwargs or {})
+        if taken := sorted(variables.keys() & more):
+            raise RequestError("chat_template_kwargs", taken, "must be others than what has fields of its own")
         try:
-            text = template.render(
-                **variables,
-                messages=conversation,
-                tools=_plain("tools", tools),
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-            )
+            text = template.render({**self._special_tokens, **more, **variables})
         except Exception as error:  # a template is a program: it may fail in any way, and so refuse the messages
             raise RequestError("messages", messages, f"the chat template refuses them: {error}") from error
         return _cut_at_marker(text) if continue_final_message else text

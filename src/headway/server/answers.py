@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -56,21 +56,9 @@ def usage_of(outputs: Iterable[RequestOutput], reasoning: int = 0) -> Usage:
     return usage
 
 
-@dataclass(slots=True)
-class Head:
+def head(prefix: str, object: str, model: str) -> Record:
     """What all parts of an answer have in common. prefix: of its id. object: what a whole answer is called."""
-
-    prefix: str
-    object: str
-    model: str
-    id: str = field(init=False)
-    created: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
-
-    def record(self) -> Record:
-        return {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": object, "created": int(time.time()), "model": model}
 
 
 class Chunks:

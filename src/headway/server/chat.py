@@ -12,7 +12,6 @@ from headway.messages import Completion, SamplingParams
 from headway.server.answers import (
     TEXT,
     Chunks,
-    Head,
     Record,
     Usage,
     call_record,
@@ -20,6 +19,7 @@ from headway.server.answers import (
     chat_logprobs,
     encode,
     finish_reason,
+    head,
     usage_of,
 )
 from headway.server.endpoint import Answer, Stream
@@ -62,7 +62,7 @@ async def chat(state: State, request: ChatRequest) -> Answer:
     messages = [Message.read(turn.reader(), sample.text) for sample in output.outputs]
     top = request.top_logprobs or 0
     record = {
-        **Head("chatcmpl", "chat.completion", state.names[0]).record(),
+        **head("chatcmpl", "chat.completion", state.names[0]),
         "choices": [chat_choice(sample, message, top) for sample, message in zip(output.outputs, messages)],
         "usage": usage_of([output], reasoning_tokens(state, output.outputs, messages)).record(),
     }
@@ -86,8 +86,7 @@ def thinking_tokens(tokenizer: Tokenizer, token_ids: list[int]) -> int:
 
 async def _stream(state: State, turn: Turn, request: ChatRequest) -> Stream:
     usage = Usage()
-    head = Head("chatcmpl", "chat.completion.chunk", state.names[0])
-    chunks = Chunks(head.record(), request.stream_options, usage)
+    chunks = Chunks(head("chatcmpl", "chat.completion.chunk", state.names[0]), request.stream_options, usage)
     choices: dict[int, _Choice] = {}
     async with run(state, [turn.prompt], turn.params, request) as outputs:
         async for output in outputs:

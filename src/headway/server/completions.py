@@ -7,10 +7,10 @@ from headway.messages import Completion, RequestOutput, SamplingParams
 from headway.server.answers import (
     TEXT,
     Chunks,
-    Head,
     Record,
     Usage,
     encode,
+    head,
     text_choice,
     text_logprobs,
     usage_of,
@@ -37,8 +37,8 @@ async def completions(state: State, request: CompletionRequest) -> Answer:
             choices.append(_Choice(state, request).feed(output, sample))
             if request.prompt_logprobs is not None:
                 choices[-1]["prompt_logprobs"] = output.prompt_logprobs
-    head = Head("cmpl", "text_completion", state.names[0])
-    return encode({**head.record(), "choices": choices, "usage": usage_of(outputs).record()})
+    common = head("cmpl", "text_completion", state.names[0])
+    return encode({**common, "choices": choices, "usage": usage_of(outputs).record()})
 
 
 def _is_echo_alone(request: CompletionRequest) -> bool:
@@ -56,7 +56,7 @@ async def _stream(
 ) -> Stream:
     """Text alone is put between bytes that are there already: most chunks have nothing else."""
     usage = Usage()
-    chunks = Chunks(Head("cmpl", "text_completion", state.names[0]).record(), request.stream_options, usage)
+    chunks = Chunks(head("cmpl", "text_completion", state.names[0]), request.stream_options, usage)
     is_bare = params.logprobs is None and not chunks.continuous
     choices: dict[int, _Choice] = {}
     around: dict[int, tuple[bytes, bytes]] = {}

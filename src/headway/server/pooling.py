@@ -5,20 +5,19 @@ from __future__ import annotations
 import base64
 from array import array
 from collections.abc import Sequence
-from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from headway.messages import PooledOutput, PoolingParams
-from headway.server.answers import Head, Record, encode
-from headway.server.errors import ApiError, named
+from headway.server.answers import Record, encode, head
+from headway.server.errors import named
 from headway.server.protocol import Input, prompts_of
 from headway.server.state import State
 
 MAX_INPUTS = 2048
 """Of one request, as OpenAI has it."""
-Texts = Annotated[list[str], msgspec.Meta(max_length=MAX_INPUTS)]
+Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=MAX_INPUTS)]
 
 
 class Pooled(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -57,7 +56,7 @@ class RerankRequest(Pooled, kw_only=True):
 
     query: str
     documents: Texts
-    top_n: int | None = None
+    top_n: Annotated[int, msgspec.Meta(ge=1)] | None = None
     return_documents: bool = True
 
 
@@ -78,29 +77,24 @@ async def classify(state: State, request: ClassifyRequest) -> bytes:
     for i, one in enumerate(outputs):
         best = max(range(len(one.data)), key=one.data.__getitem__)
         data.append({"index": i, "label": f"LABEL_{best}", "probs": one.data, "num_classes": len(one.data)})
-    return encode({**Head("classify", "list", state.names[0]).record(), "data": data, "usage": _usage(state, outputs)})
+    return encode({**head("classify", "list", state.names[0]), "data": data, "usage": _usage(state, outputs)})
 
 
 async def score(state: State, request: ScoreRequest) -> bytes:
     state.check_model(request.model)
     outputs = await state.llm.score(request.text_1, request.text_2, state.data_parallel_rank)
     data = [{"index": i, "object": "score", "score": one.data[0]} for i, one in enumerate(outputs)]
-    return encode({**Head("score", "list", state.names[0]).record(), "data": data, "usage": _usage(state, outputs)})
+    return encode({**head("score", "list", state.names[0]), "data": data, "usage": _usage(state, outputs)})
 
 
 async def rerank(state: State, request: RerankRequest) -> bytes:
     state.check_model(request.model)
-    if request.top_n is not None and request.top_n < 1:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"top_n={request.top_n}: must be at least 1", param="top_n")
-    if not request.documents:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "documents=[]: must not be empty", param="documents")
     outputs = await state.llm.score(request.query, request.documents, state.data_parallel_rank)
     order = sorted(range(len(outputs)), key=lambda i: -outputs[i].data[0])[: request.top_n]
     results: list[Record] = [{"index": i, "relevance_score": outputs[i].data[0]} for i in order]
     if request.return_documents:
         results = [{**one, "document": {"text": request.documents[one["index"]]}} for one in results]
-    head = Head("rerank", "list", state.names[0])
-    return encode({"id": head.id, "model": head.model, "results": results, "usage": _usage(state, outputs)})
+    return encode({**head("rerank", "list", state.names[0]), "results": results, "usage": _usage(state, outputs)})
 
 
 async def _pooled(state: State, given: Input, params: PoolingParams) -> list[PooledOutput]:

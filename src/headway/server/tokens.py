@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from http import HTTPStatus
 from typing import Any
 
 import msgspec
 
+from headway.errors import RequestError
 from headway.server.answers import Record, encode
-from headway.server.errors import ApiError
 from headway.server.protocol import Messages
 from headway.server.state import State
 
@@ -47,8 +46,7 @@ def _detokenized(state: State, tokens: list[int]) -> bytes:
     size = state.llm.facts.vocab_size
     wrong = next((token for token in tokens if not 0 <= token < size), None)
     if wrong is not None:
-        message = f"tokens={wrong}: token ids of this model are 0 to {size - 1}"
-        raise ApiError(HTTPStatus.BAD_REQUEST, message, param="tokens")
+        raise RequestError("tokens", wrong, f"token ids of this model are 0 to {size - 1}")
     return encode({"prompt": state.llm.tokenizer.decode(tokens, skip_special_tokens=False)})
 
 
@@ -62,7 +60,7 @@ def _tokenized(state: State, request: TokenizeRequest) -> bytes:
 
 def _tokens(state: State, request: TokenizeRequest) -> list[int]:
     if (request.prompt is None) is (request.messages is None):
-        raise ApiError(HTTPStatus.BAD_REQUEST, "give either prompt or messages", param="prompt")
+        raise RequestError("prompt", request.prompt, "give either prompt or messages")
     text, special = request.prompt or "", True
     if request.messages is not None:
         prompt = state.llm.chat_prompt(
