@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ _NAMES_CALLS = (
 
 def apply(dataset: Dataset, config: ProcessorConfig, specs: Sequence[Spec], leases: Mapping[int, Lease]) -> Dataset:
     """Lazily. leases: on the engines of the specs of that id; a shared engine's actor is made at once."""
+    gc.collect()  # a dataset that failed is a cycle, in which it holds its workers and what they have reserved
     engine = next((spec for spec in specs if isinstance(spec, EngineSpec)), None)
     reserved = {} if engine is None else engine_resources(engine.settings, engine.config)
     groups = _operators([_placed(spec, leases, reserved) for spec in specs])
