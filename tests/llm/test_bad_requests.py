@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from headway import LLM, AsyncLLM, PoolingParams, SamplingParams, StructuredOutput
@@ -30,10 +31,12 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     ([5, None], "prompt_token_ids"),
     ("\ud800", "prompt"),
     ({"prompt_token_ids": [5], "cache_salt": 3}, "cache_salt"),
+    ({"prompt_token_ids": [5], "cache_salt": "\ud800"}, "cache_salt"),
     (PromptInput(), "prompt"),
     (PromptInput(text="x", cache_salt=3), "prompt"),  # type: ignore[arg-type]
     (PromptInput(token_ids=[5, 6], token_type_ids=[0]), "token_type_ids"),
     (PromptInput(token_ids=[5], token_type_ids=[1]), "token_type_ids"),
+    (PromptInput(token_ids=[5], token_type_ids=[np.int64(0)]), "token_type_ids"),  # type: ignore[list-item]
 ]
 BAD_PARAMS: list[tuple[Callable[[], Any], str]] = [
     (lambda: SamplingParams(logprobs=VOCAB + 1), "logprobs"),
@@ -42,6 +45,12 @@ BAD_PARAMS: list[tuple[Callable[[], Any], str]] = [
     (lambda: SamplingParams(stop_token_ids=["a"]), "stop_token_ids"),  # type: ignore[list-item]
     (lambda: SamplingParams(stop_token_ids=2), "stop_token_ids"),  # type: ignore[arg-type]
     (lambda: SamplingParams(stop=[3]), "stop"),  # type: ignore[list-item]
+    (lambda: SamplingParams(stop=["\ud800"]), "stop"),
+    (lambda: SamplingParams(stop="\ud800"), "stop"),
+    (lambda: SamplingParams(bad_words=["\ud800"]), "bad_words"),
+    (lambda: SamplingParams(ignore_eos=np.True_), "ignore_eos"),  # type: ignore[arg-type]
+    (lambda: SamplingParams(ignore_eos=1), "ignore_eos"),  # type: ignore[arg-type]
+    (lambda: StructuredOutput(choice=["\ud800"]), "structured.choice"),
     (lambda: SamplingParams(bad_words=[3]), "bad_words"),  # type: ignore[list-item]
     (lambda: SamplingParams(logit_bias={VOCAB: 1.0}), "logit_bias"),
     (lambda: SamplingParams(logit_bias={-1: 1.0}), "logit_bias"),

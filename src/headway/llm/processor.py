@@ -16,9 +16,9 @@ from headway.engine import GrammarBackend
 from headway.errors import RequestError
 from headway.llm.prompts import Prompt, PromptInput, as_input
 from headway.messages import PoolingParams, Request, SamplingParams
+from headway.messages.params import check_text
 from headway.scheduler.checks import check_room
 from headway.tokenizers import Tokenizer
-from headway.tokenizers.tokenizer import check_text
 
 Params = SamplingParams | PoolingParams
 P = ParamSpec("P")
@@ -114,6 +114,7 @@ class Processor:
         if length > limit:
             raise RequestError("prompt", f"{length} tokens", f"prompt has {length} tokens; max_model_len is {limit}")
         check_text(text)
+        check_text(item.cache_salt, "cache_salt")
         if len(text) > limit and (least := self._tokenizer.fewest_tokens(text)) > limit:
             accepted = f"prompt has at least {least} tokens; max_model_len is {limit}"
             raise RequestError("prompt", f"{len(text)} characters", accepted)
@@ -203,7 +204,7 @@ class Processor:
 
     def _check_types(self, types: list[int] | None, num_tokens: int) -> None:
         kinds = range(max(1, self._facts.token_types))
-        if types is not None and not (len(types) == num_tokens and all(t in kinds for t in types)):
+        if types is not None and not (len(types) == num_tokens and all(type(t) is int and t in kinds for t in types)):
             raise RequestError("token_type_ids", types, f"must be one per prompt token, each 0 to {kinds[-1]}")
 
     def _decide(self, params: Params) -> _Decided:

@@ -84,8 +84,13 @@ class SamplingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
         _check_range(self, "seed", -(1 << 63), (1 << 64) - 1)
         _check_list(self, "stop_token_ids", int)
         _check_list(self, "bad_words", str)
-        if not isinstance(self.stop, str):
+        if isinstance(self.stop, str):
+            check_text(self.stop, "stop")
+        else:
             _check_list(self, "stop", str)
+        for flag in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if type(value := getattr(self, flag)) is not bool:
+                raise RequestError(flag, value, "must be true or false")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError("min_tokens", self.min_tokens, f"must be at most max_tokens={self.max_tokens}")
         if self.stop is not None and any(not s for s in self.stop_strings):
@@ -124,6 +129,16 @@ def _check_list(params: msgspec.Struct, field: str, item: type, name: str = "") 
     if value is not None and not (isinstance(value, (list, tuple)) and all(type(x) is item for x in value)):
         accepted = f"must be a list of {'integers' if item is int else 'strings'}"
         raise RequestError(name or field, value, accepted)
+    for text in (value or ()) if item is str else ():
+        check_text(text, name or field)
+
+
+def check_text(text: str, field: str = "prompt") -> None:
+    """RequestError if it cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(field, text, f"must be valid Unicode; {error.reason} at {error.start}") from None
 
 
 def _check_range(params: msgspec.Struct, field: str, low: float, high: float, *, open_low: bool = False) -> None:

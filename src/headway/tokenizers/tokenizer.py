@@ -13,7 +13,7 @@ from functools import cached_property
 import tokenizers
 from tokenizers.decoders import ByteLevel, DecodeStream
 
-from headway.errors import RequestError
+from headway.messages.params import check_text
 from headway.tokenizers.bound import ByteLevelBound
 
 # A decoder looks back one token at most (a leading space, a joined byte); a few more cost nothing.
@@ -161,11 +161,3 @@ class TokenStream:
         text = self._tokenizer.decode_in_context(self._context, self._pending, self._skip)
         self._restart(self._pending)
         return text
-
-
-def check_text(text: str) -> None:
-    """RequestError if it cannot be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError("prompt", text, f"must be valid Unicode; {error.reason} at {error.start}") from None

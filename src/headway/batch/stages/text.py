@@ -10,9 +10,9 @@ from typing import Any
 from headway.batch.row import Row
 from headway.batch.stages.functions import OnRows, each
 from headway.llm.chat import ChatRenderer, is_begun
+from headway.messages.params import check_text
 from headway.models.source import resolve_source
 from headway.tokenizers import Tokenizer, load_tokenizer
-from headway.tokenizers.tokenizer import check_text
 
 
 def chat_template(source: str, options: dict[str, Any]) -> OnRows:
