@@ -128,6 +128,7 @@ class AsyncLLM(Client[EngineClient]):
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def stream(self, done: OnAnswers[K]) -> PromptStream[K]:
         """For very many prompts: see PromptStream. To be used on the running event loop."""
