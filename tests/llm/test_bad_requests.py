@@ -63,6 +63,8 @@ BAD_PARAMS: list[tuple[Callable[[], Any], str]] = [
     (lambda: {"temperature": 0}, "params"),
     (lambda: PoolingParams(task="classify"), "task"),
     (lambda: PoolingParams(task="score"), "task"),
+    (lambda: PoolingParams(task="rank"), "task"),  # type: ignore[arg-type]
+    (lambda: PoolingParams(normalize="no"), "normalize"),  # type: ignore[arg-type]
     (lambda: PoolingParams(dimensions=577), "dimensions"),
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import msgspec
 
@@ -88,9 +88,7 @@ class SamplingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
             check_text(self.stop, "stop")
         else:
             _check_list(self, "stop", str)
-        for flag in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if type(value := getattr(self, flag)) is not bool:
-                raise RequestError(flag, value, "must be true or false")
+        _check_flags(self, "ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError("min_tokens", self.min_tokens, f"must be at most max_tokens={self.max_tokens}")
         if self.stop is not None and any(not s for s in self.stop_strings):
@@ -121,7 +119,16 @@ class PoolingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
     dimensions: int | None = None
 
     def __post_init__(self) -> None:
+        if self.task not in get_args(PoolingTask):
+            raise RequestError("task", self.task, f"must be one of {', '.join(get_args(PoolingTask))}")
         _check_range(self, "dimensions", 1, 1 << 20)
+        _check_flags(self, *(flag for flag in ("normalize", "activation") if getattr(self, flag) is not None))
+
+
+def _check_flags(params: msgspec.Struct, *fields: str) -> None:
+    for field in fields:
+        if type(value := getattr(params, field)) is not bool:
+            raise RequestError(field, value, "must be true or false")
 
 
 def _check_list(params: msgspec.Struct, field: str, item: type, name: str = "") -> None:
