@@ -245,6 +245,17 @@ def test_a_file_that_is_no_socket_stays_what_it_is(tmp_path: Path) -> None:
     assert path.read_text() == "words"
 
 
+def test_a_socket_that_somebody_has_removed_is_no_failure(tmp_path: Path) -> None:
+    server = Served(MODEL, "--distributed-executor-backend", "tests.server.wide:Wide", "--uds", str(tmp_path / "s"))
+    (tmp_path / "s").unlink()
+    assert server.end() == 0, server.log
+
+
+@pytest.mark.parametrize("name", ["host", "api_key", "uds"])
+def test_a_variable_of_the_shell_that_was_not_set_opens_nothing(name: str) -> None:
+    assert f"{name}=''" in _refused("nothing-of-this-name", f"--{name.replace('_', '-')}", "")
+
+
 def test_authorities_of_clients_without_a_certificate_of_its_own_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ca.pem").touch()
     assert "needs ssl_certfile" in _refused(MODEL, "--ssl-ca-certs", str(tmp_path / "ca.pem"))

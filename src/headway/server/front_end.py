@@ -27,10 +27,6 @@ class FrontEndTicket(msgspec.Struct, frozen=True):
     board: int
 
 
-encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(FrontEndTicket).decode
-
-
 async def _serve(parent: Parent, ticket: FrontEndTicket) -> None:
     wishes = Wishes()
     parent.watch(f"headway-api{ticket.number}", lambda data: [wishes.add() for _ in data].clear())
@@ -44,7 +40,7 @@ async def _serve(parent: Parent, ticket: FrontEndTicket) -> None:
 
 def main() -> None:
     parent = Parent()
-    uvloop.run(_serve(parent, decode(parent.ticket)))
+    uvloop.run(_serve(parent, msgspec.msgpack.decode(parent.ticket, type=FrontEndTicket)))
     parent.leave(0)
 
 

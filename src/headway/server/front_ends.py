@@ -14,10 +14,12 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+import msgspec
+
 from headway.engine.supervise import Backoff, Supervisor
 from headway.executor.child import Child, spawn
 from headway.llm.replicas import Seat
-from headway.server.front_end import FrontEndTicket, encode
+from headway.server.front_end import FrontEndTicket
 from headway.server.metrics import Board
 from headway.server.options import ServeOptions
 from headway.server.serve import Wishes, first
@@ -93,7 +95,7 @@ class FrontEnds:
         with self._supervisor.seat() as link:
             fds = link.fileno(), self._listener.fileno(), self._memory
             ticket = FrontEndTicket(number, self._options, self._seat, *fds)
-            child = spawn("headway.server.front_end", encode(ticket), fds)
+            child = spawn("headway.server.front_end", msgspec.msgpack.encode(ticket), fds)
         self._children[number] = child
         child.link.setblocking(False)
         with suppress(ConnectionError):

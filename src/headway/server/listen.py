@@ -8,6 +8,7 @@ import socket
 import stat
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 from headway.errors import ConfigError
 from headway.server.options import ServeOptions
@@ -24,15 +25,12 @@ def url_of(options: ServeOptions, listener: socket.socket) -> str:
 @contextmanager
 def listening(options: ServeOptions) -> Generator[socket.socket]:
     """Before the model loads: a port that is taken is said at once."""
-    if options.uds is None:
-        with _listen(options) as listener:
-            yield listener
-        return
-    with _listen_unix(options.uds) as listener:
+    with _listen(options) if options.uds is None else _listen_unix(options.uds) as listener:
         try:
             yield listener
         finally:
-            os.unlink(options.uds)
+            if options.uds is not None:
+                Path(options.uds).unlink(missing_ok=True)
 
 
 def _listen(options: ServeOptions) -> socket.socket:
@@ -58,5 +56,5 @@ def _listen_unix(path: str) -> socket.socket:
         listener.bind(path)
     except OSError as error:
         listener.close()
-        raise ConfigError("uds", path, f"cannot listen there: {error.strerror}") from error
+        raise ConfigError("uds", path, f"cannot listen there: {error.strerror or error}") from error
     return listener

@@ -48,6 +48,9 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("host", "uds", "api_key"):
+            if getattr(self, name) == "":
+                raise ConfigError(name, "", "must not be empty")
         for name in ("ssl_keyfile", "ssl_ca_certs"):
             if getattr(self, name) is not None and self.ssl_certfile is None:
                 raise ConfigError(name, getattr(self, name), "needs ssl_certfile")
