@@ -28,7 +28,6 @@ from headway.server.protocol import ChatRequest
 from headway.server.reading import ANSWER, THINK, Call, Content, Kind, Message, Part, Reader, Thinking, call_id
 from headway.server.state import State
 from headway.server.tools import tool_use
-from headway.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,25 +60,21 @@ async def chat(state: State, request: ChatRequest) -> Answer:
     (output,) = await whole(state, [turn.prompt], turn.params, request)
     messages = [Message.read(turn.reader(), sample.text) for sample in output.outputs]
     top = request.top_logprobs or 0
+    told = zip(output.outputs, messages)
+    reasoning = sum(thinking_tokens(state, sample.token_ids) for sample, message in told if message.reasoning)
     record = {
         **head("chatcmpl", "chat.completion", state.names[0]),
         "choices": [chat_choice(sample, message, top) for sample, message in zip(output.outputs, messages)],
-        "usage": usage_of([output], reasoning_tokens(state, output.outputs, messages)).record(),
+        "usage": usage_of([output], reasoning).record(),
     }
     if request.prompt_logprobs is not None:
         record["prompt_logprobs"] = output.prompt_logprobs
     return encode(record)
 
 
-def reasoning_tokens(state: State, samples: list[Completion], messages: list[Message]) -> int:
-    """With the marks around it."""
-    reasoned = [sample for sample, message in zip(samples, messages) if message.reasoning]
-    return sum(thinking_tokens(state.llm.tokenizer, sample.token_ids) for sample in reasoned)
-
-
-def thinking_tokens(tokenizer: Tokenizer, token_ids: list[int]) -> int:
-    """Of an answer's tokens, those up to the end of its reasoning; all if it has no end."""
-    pieces = [tokenizer.token_to_piece(token) for token in token_ids]
+def thinking_tokens(state: State, token_ids: list[int]) -> int:
+    """Of the tokens of an answer that has reasoning, those up to its end, with the marks; all if it has no end."""
+    pieces = [state.llm.tokenizer.token_to_piece(token) for token in token_ids]
     at = "".join(pieces).find(ANSWER)
     return len(pieces) if at < 0 else 1 + bisect_left(list(accumulate(map(len, pieces))), at + len(ANSWER))
 
@@ -100,26 +95,21 @@ async def _stream(state: State, turn: Turn, request: ChatRequest) -> Stream:
                     yield choice.begin() + choice.feed(sample)
                 elif event := choice.feed(sample):
                     yield event
-    usage.reasoning = sum(thinking_tokens(state.llm.tokenizer, choice.thoughts) for choice in choices.values())
+    usage.reasoning = sum(thinking_tokens(state, one.token_ids) for one in choices.values() if one.reasoned)
     yield chunks.end()
 
 
 class _Choice:
-    """One sample on its way."""
+    """One sample on its way. token_ids: of what its reader has read."""
 
     def __init__(self, index: int, turn: Turn, chunks: Chunks, top: int) -> None:
         self._index, self._chunks, self._top = index, chunks, top
         self._reader = turn.reader()
-        self._reasoned, self._calls = False, 0
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
+        self.reasoned, self._calls = False, 0
         self._is_bare = turn.params.logprobs is None and not chunks.continuous
         self._is_plain = self._is_bare and turn.reader is Content
         self._around: dict[str, tuple[bytes, bytes]] = {}
-
-    @property
-    def thoughts(self) -> list[int]:
-        """Tokens of an answer that has reasoning."""
-        return self._token_ids if self._reasoned else []
 
     def begin(self) -> bytes:
         return self._chunks.event(self._choice({"role": "assistant", "content": ""}))
@@ -143,11 +133,11 @@ class _Choice:
         return b"".join(events)
 
     def _parts(self, sample: Completion) -> list[Part]:
-        self._token_ids += sample.token_ids
+        self.token_ids += sample.token_ids
         parts = self._reader.push(sample.text)
         if sample.finish_reason is not None:
             parts += self._reader.end()
-        self._reasoned = self._reasoned or any(part.kind == "reasoning_content" for part in parts)
+        self.reasoned = self.reasoned or any(part.kind == "reasoning_content" for part in parts)
         return parts
 
     def _event(self, part: Part) -> bytes:

@@ -40,7 +40,7 @@ async def responses(state: State, request: ResponsesRequest) -> Answer:
 
 def _reasoning_tokens(state: State, output: Output, token_ids: list[int]) -> int:
     reasoned = any(item["type"] == "reasoning" for item in output.items)
-    return thinking_tokens(state.llm.tokenizer, token_ids) if reasoned else 0
+    return thinking_tokens(state, token_ids) if reasoned else 0
 
 
 class Head:
