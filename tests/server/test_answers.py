@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+from headway.errors import MissingDependencyError
 from headway.messages import Completion, Logprob
 from headway.server.answers import TEXT, Chunks, Usage, chat_logprobs, text_logprobs
+from headway.server.errors import api_error
 from headway.server.protocol import StreamOptions
 
 
@@ -41,3 +43,8 @@ def test_text_fits_between_the_two_halves_of_an_event() -> None:
     last, done = chunks.end().split(b"\n\n")[:2]
     assert json.loads(last.removeprefix(b"data: "))["usage"]["total_tokens"] == 3
     assert done == b"data: [DONE]"
+
+
+def test_what_is_not_installed_is_told() -> None:
+    told = api_error(MissingDependencyError("structured output needs llguidance"))
+    assert (told.status, str(told)) == (400, "structured output needs llguidance")

@@ -9,7 +9,7 @@ from http import HTTPStatus
 
 import msgspec
 
-from headway.errors import EngineError, FieldError, RequestError, UserError
+from headway.errors import EngineError, FieldError, MissingDependencyError, RequestError, UserError
 
 RETRY = {"retry-after": "1"}
 """Seconds: when to come again."""
@@ -46,7 +46,7 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, FieldError):
         return ApiError(HTTPStatus.BAD_REQUEST, str(error), param=error.field)
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, MissingDependencyError)):
         return ApiError(HTTPStatus.BAD_REQUEST, str(error))
     if isinstance(error, RecursionError):
         return ApiError(HTTPStatus.BAD_REQUEST, "the body is nested too deeply")
