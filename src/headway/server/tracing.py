@@ -5,7 +5,6 @@ Attributes are those of the semantic conventions for generative AI. Nothing of w
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
@@ -13,7 +12,7 @@ from time import perf_counter
 
 try:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.trace import SpanKind, StatusCode, get_current_span
@@ -44,8 +43,9 @@ class Traces:
     """
 
     def __init__(self, endpoint: str, model: str) -> None:
-        service = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "headway"), "service.version": __version__}
-        self._provider = TracerProvider(resource=Resource.create(service), shutdown_on_exit=False)
+        service = Resource.create({"service.name": "headway", "service.version": __version__})
+        service = service.merge(OTELResourceDetector().detect())
+        self._provider = TracerProvider(resource=service, shutdown_on_exit=False)
         exporter = OTLPSpanExporter(endpoint, timeout=2)  # s, which a lost collector may delay the server's end
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("headway", __version__)
