@@ -116,13 +116,7 @@ class _Replica:
 class Supervisor:
     """Owns the engine processes. on_death "exit": the first that dies is the end of all."""
 
-    def __init__(
-        self,
-        ticket: EngineTicket,
-        count: int,
-        run: type[Run],
-        on_death: OnDeath = "restart",
-    ) -> None:
+    def __init__(self, ticket: EngineTicket, count: int, run: type[Run], on_death: OnDeath = "restart") -> None:
         """ticket: of replica 0. Returns once all replicas are ready; raises what the first that is not failed of."""
         self._thread = LoopThread("headway-supervise")
         self._loop, self._on_death = self._thread.loop, on_death
