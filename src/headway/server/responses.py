@@ -26,9 +26,8 @@ async def responses(state: State, request: ResponsesRequest) -> Answer:
     chat = chat_request(request)
     with named(_NAMES):
         turn = await prepare(state, chat)
-    if request.stream:
-        return _stream(state, turn, request, chat)
-    with named(_NAMES):
+        if request.stream:
+            return _stream(state, turn, request, chat)
         (result,) = await whole(state, [turn.prompt], turn.params, chat)
     (sample,) = result.outputs
     reader, output = turn.reader(), Output()
