@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -86,6 +88,12 @@ def refused(llm: LLM, prompt: Any, params: Callable[[], Any]) -> str:
         llm.generate([PROMPT, prompt], [GREEDY, params()])
     assert llm.metrics().steps == steps
     return caught.value.field.removeprefix("prompts[1].")
+
+
+def test_numbers_of_a_kind_of_their_own_become_plain_ones() -> None:
+    params = SamplingParams(temperature=np.float64(0.5), seed=signal.SIGTERM, logit_bias={5: np.float64(1)})
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+    assert (params.temperature, params.seed, params.logit_bias) == (0.5, 15, {5: 1.0})
 
 
 @pytest.mark.parametrize(("prompt", "field"), BAD_PROMPTS)

@@ -84,7 +84,7 @@ class SamplingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
         _check_range(self, "seed", -(1 << 63), (1 << 64) - 1)
         _check_list(self, "stop_token_ids", int)
         _check_list(self, "bad_words", str)
-        if isinstance(self.stop, str):
+        if type(self.stop) is str:
             check_text(self.stop, "stop")
         else:
             _check_list(self, "stop", str)
@@ -97,6 +97,8 @@ class SamplingParams(msgspec.Struct, array_like=True, tag=True, kw_only=True):
         for token, bias in biases.items():
             if type(token) is not int or not isinstance(bias, (int, float)) or not -100.0 <= bias <= 100.0:
                 raise RequestError(f"logit_bias[{token}]", bias, "must be a token id and a number from -100 to 100")
+        if self.logit_bias is not None:
+            self.logit_bias = {token: float(bias) for token, bias in biases.items()}
 
     @property
     def stop_strings(self) -> list[str]:
@@ -149,11 +151,13 @@ def check_text(text: str, field: str = "prompt") -> None:
 
 
 def _check_range(params: msgspec.Struct, field: str, low: float, high: float, *, open_low: bool = False) -> None:
-    value = getattr(params, field)
+    value, kind = getattr(params, field), type(low)
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int if isinstance(low, int) else (int, float)):
-        raise RequestError(field, value, f"must be {'an integer' if isinstance(low, int) else 'a number'}")
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        raise RequestError(field, value, f"must be {'an integer' if kind is int else 'a number'}")
+    if type(value) not in (int, float):  # such as numpy's, which no message holds
+        setattr(params, field, value := kind(value))
     inside = (low < value if open_low else low <= value) and value <= high
     if not inside or math.isnan(value):
         raise RequestError(field, value, f"must be {'above' if open_low else 'at least'} {low} and at most {high}")
