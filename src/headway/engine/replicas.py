@@ -318,7 +318,7 @@ def _submit(remote: RemoteEngine, batch: list[Sent]) -> list[tuple[Sent, Item]]:
     """Those that cannot be."""
     try:
         remote.submit(batch)
-    except (OverflowError, UnicodeError) as error:
+    except (OverflowError, TypeError, UnicodeError) as error:
         if len(batch) == 1:
             return [(batch[0], RequestError("request", batch[0].stream.request.request_id, str(error)))]
         return [failed for sent in batch for failed in _submit(remote, [sent])]
