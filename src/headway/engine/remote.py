@@ -66,7 +66,7 @@ class RemoteEngine:
         return self.metrics.running + self.metrics.waiting + self._submitted - self._taken
 
     def submit(self, batch: list[Sent]) -> None:
-        """Raises OverflowError, TypeError or UnicodeError, before anything has happened, for what no message can hold."""
+        """Raises OverflowError, TypeError or UnicodeError, and does nothing, for what no message can hold."""
         ids = [next(self._ids) for _ in batch]
         requests = [msgspec.structs.replace(sent.stream.request, request_id=name) for sent, name in zip(batch, ids)]
         self._dialer.send(encode(Submit(requests)))
