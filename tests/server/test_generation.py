@@ -351,4 +351,7 @@ def test_a_model_that_is_not_there_is_named(client: openai.OpenAI) -> None:
 
 
 def test_the_models_are_listed(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == [MODEL]
+    (listed,) = client.models.list()
+    assert listed.id == MODEL and client.models.retrieve(MODEL) == listed
+    with pytest.raises(openai.NotFoundError, match="no/body"):
+        client.models.retrieve("no/body")

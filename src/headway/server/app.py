@@ -17,7 +17,7 @@ from headway.server.access import middleware
 from headway.server.chat import chat
 from headway.server.completions import completions
 from headway.server.endpoint import Endpoint
-from headway.server.errors import error_body
+from headway.server.errors import ApiError, error_body
 from headway.server.metrics import exposition
 from headway.server.openapi import DOCS, PAGE, Posts, document
 from headway.server.pooling import (
@@ -56,6 +56,14 @@ def make_app(state: State) -> ASGIApp:
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [_model(state, name, started) for name in state.names]})
 
+    async def model(request: Request) -> Response:
+        name = request.path_params["model"]
+        try:
+            state.check_model(name)
+        except ApiError as error:
+            return Response(error.body(), error.status, media_type="application/json")
+        return _json(_model(state, name, started))
+
     async def health(_: Request) -> Response:
         replicas = state.llm.health()
         up = any(replica.up for replica in replicas)
@@ -78,6 +86,7 @@ def make_app(state: State) -> ASGIApp:
     routes = [
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
         Route("/v1/models", models),
+        Route("/v1/models/{model:path}", model),
         Route("/health", health),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/metrics", metrics),

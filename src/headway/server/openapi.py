@@ -47,6 +47,7 @@ _REPLICA = {
     "description": "The replica that is to run the request.",
     "schema": {"type": "integer", "minimum": 0},
 }
+_MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 _STATUS = {
     "400": "A field cannot be honoured; param names it.",
     "401": "No API key, or a wrong one.",
@@ -61,6 +62,8 @@ def document(posts: Posts) -> dict[str, Any]:
     kinds = [kind for kind, _ in posts.values()]
     bodies, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     paths: dict[str, Any] = {path: {"get": {"summary": text, "responses": _ok(text)}} for path, text in GETS.items()}
+    about = _ok("A model that requests may name.") | {"404": _failures()["404"]}
+    paths["/v1/models/{model}"] = {"get": {"summary": "One of them.", "parameters": [_MODEL], "responses": about}}
     for (path, (kind, _)), body in zip(posts.items(), bodies):
         paths[path] = {
             "post": {
