@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conformance.scenarios import child_processes
+from tests.conformance.scenarios import what_is_left
 
 from headway import LLM, AsyncLLM, SamplingParams
 from headway.engine.metrics import EngineMetrics
@@ -24,10 +22,6 @@ PARAMS = [SamplingParams(temperature=i % 2, seed=i, max_tokens=12, ignore_eos=Tr
 @pytest.fixture
 def settings(tiny_opt: Path) -> dict[str, Any]:
     return {"model": str(tiny_opt), "load_format": "dummy", "max_model_len": 2048, "threads": 1, "max_num_seqs": 16}
-
-
-def what_is_left() -> tuple[object, ...]:
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), child_processes(), sorted(os.listdir("/dev/shm"))
 
 
 @pytest.fixture

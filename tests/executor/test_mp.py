@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conformance.scenarios import what_is_left
 
 from headway import LLM, SamplingParams
 from headway.config import EngineConfig, ModelConfig, ParallelConfig
@@ -53,14 +54,6 @@ def plan(step: int, *what: int, size: int = 0) -> StepPlan:
 
 def gone(pids: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def children() -> list[str]:
-    return Path(f"/proc/self/task/{threading.main_thread().native_id}/children").read_text().split()
 
 
 def wakeups(pids: list[int]) -> int:
@@ -158,7 +151,7 @@ class Far(MpLauncher):
 
 @pytest.mark.parametrize("remote", [(1,), (0,), (0, 1)], ids=["one here, one there", "results from there", "all there"])
 def test_ranks_on_other_nodes_are_like_all_others(make: Make, remote: tuple[int, ...]) -> None:
-    files = open_files()
+    before = what_is_left()
     executor = RemoteExecutor(make(2)._config, Far(*remote), "small_worker:SmallWorker")  # pyright: ignore
     try:
         info = executor.start()
@@ -173,7 +166,7 @@ def test_ranks_on_other_nodes_are_like_all_others(make: Make, remote: tuple[int,
             executor.submit(plan(4, SLEEP, 0, 60_000)).result()
     finally:
         executor.close()
-    assert gone(info.pids) and open_files() == files
+    assert gone(info.pids) and what_is_left() == before
 
 
 def test_an_exception_in_a_step_of_any_rank_ends_it_at_once(make: Make) -> None:
@@ -306,23 +299,23 @@ def test_close_does_not_wait_for_room_in_the_ring(make: Make) -> None:
 def test_a_start_that_fails_on_a_rank_leaves_nothing(
     make: Make, path: str, error: type[Exception], message: str
 ) -> None:
-    files, threads = open_files(), threading.active_count()
+    before = what_is_left()
     executor = make(2, path, start_timeout_s=1.5 if "hangs" in path else 60)
     with pytest.raises(error, match=message):
         executor.start()
-    assert (open_files(), threading.active_count(), children()) == (files, threads, [])
+    assert what_is_left() == before
     with pytest.raises(EngineDead):
         executor.submit(plan(1))
 
 
 def test_close_leaves_nothing_and_may_be_repeated(make: Make) -> None:
-    files, threads = open_files(), threading.active_count()
+    before = what_is_left()
     executor = make(2)
     executor.start()
     future = executor.submit(plan(1, SLEEP, 0, 60_000))
     executor.close(0.2)
     executor.close()
-    assert (open_files(), threading.active_count(), children()) == (files, threads, [])
+    assert what_is_left() == before
     with pytest.raises(EngineDead):
         future.result()
     for call in (executor.health, lambda: executor.submit(plan(2)), lambda: executor.call("echo")):
@@ -373,7 +366,7 @@ def test_interrupted_waiting_leaves_the_executor_usable(make: Make) -> None:
 
 
 def test_an_interrupted_start_does_not_wait_for_the_other_processes(make: Make) -> None:
-    files, main_thread = open_files(), threading.get_ident()
+    before, main_thread = what_is_left(), threading.get_ident()
     executor = make(20, "hangs@0", start_timeout_s=60)
     children_started = executor._launcher._children  # pyright: ignore
 
@@ -388,17 +381,17 @@ def test_an_interrupted_start_does_not_wait_for_the_other_processes(make: Make) 
         executor.start()
     interrupting.join()
     assert len(children_started) < 20
-    assert (open_files(), children()) == (files, [])
+    assert what_is_left() == before
 
 
 def test_a_dropped_executor_lets_go_of_its_port_on_any_thread(make: Make) -> None:
-    files, threads = open_files(), threading.active_count()
+    before = what_is_left()
     executors = [RemoteExecutor(make(2)._config, Far(1), "small_worker:SmallWorker")]  # pyright: ignore
     executors[0].start()
     dropping = threading.Thread(target=executors.clear, daemon=True)
     dropping.start()
     assert settles(lambda: -threading.active_count())
-    assert (open_files(), threading.active_count(), children()) == (files, threads, [])
+    assert what_is_left() == before
 
 
 def test_ctrl_c_in_the_terminal_is_for_the_engine_alone(make: Make) -> None:

@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conformance.scenarios import child_processes
+from tests.conformance.scenarios import what_is_left
 
 from headway import LLM, AsyncLLM, RequestOutput, SamplingParams
 from headway.errors import EngineDead, EngineError, ModelError, WorkerDied, WorkerError
@@ -41,11 +40,6 @@ class Fault:
             os.kill(self._pid, self._number)
             self.at = time.monotonic()
             time.sleep(0.3)  # what the fault does to other ranks is known by the time that anybody looks
-
-
-def what_is_left() -> tuple[object, ...]:
-    """Open files, threads, child processes and shared memory of this process."""
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), child_processes(), sorted(os.listdir("/dev/shm"))
 
 
 def alive(pid: int) -> bool:
