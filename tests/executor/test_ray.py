@@ -28,6 +28,7 @@ from headway.executor.ray.placement import Group, Seat, in_rank_order
 from headway.messages import StepPlan
 
 HERE, THERE = {"CPU": 1.0, "here": 1.0}, {"CPU": 1.0, "there": 1.0}
+MARK = "OF_THE_TESTS_PROCESS", str(os.getpid())
 STOP, SLEEP = 3, 4  # what a plan tells a small worker
 PROMPTS = ["The capital of France is", "One, two, three,"]
 Make = Callable[..., RayExecutor]
@@ -40,6 +41,7 @@ def cluster() -> Generator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of the small worker
+        patch.setenv(*MARK)
         head = {"num_cpus": 2, "resources": {"here": 2}, "include_dashboard": False, **node}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.add_node(num_cpus=1, resources={"there": 1}, **node)
@@ -69,13 +71,16 @@ def groups() -> list[str]:
 
 
 def rank_processes() -> list[int]:
-    def command(pid: str) -> bytes:
-        try:
-            return Path("/proc", pid, "cmdline").read_bytes()
-        except OSError:
-            return b""
+    """Of this cluster."""
 
-    return [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and command(pid).startswith(b"ray::RankActor")]
+    def is_one(process: Path) -> bool:
+        try:
+            is_rank = (process / "cmdline").read_bytes().startswith(b"ray::RankActor")
+            return is_rank and "=".join(MARK).encode() in (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            return False
+
+    return [int(process.name) for process in Path("/proc").glob("[0-9]*") if is_one(process)]
 
 
 @pytest.fixture
