@@ -123,6 +123,18 @@ def test_a_request_the_engine_refuses_is_its_error(tiny: list[str]) -> None:
         engine.close()
 
 
+def test_a_job_ends_with_what_asked_for_it_also_where_a_shell_has_switched_ctrl_c_off(tiny: list[str]) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a child inherits
+    try:
+        engine = EngineProcess(OfflineEngine, args(tiny))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    engine.ready()
+    engine._send(msgspec.structs.replace(job(), num_prompts=100_000))  # pyright: ignore
+    engine.close()
+    assert engine._process.returncode == 130  # pyright: ignore
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_end_in_the_middle_leaves_no_process(tiny: list[str], how: signal.Signals) -> None:
     sizes = ["--executors", "uni", "--async-scheduling", "on", "--num-prompts", "4", "--repeats", "100000"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,18 @@ def test_conversations_need_no_stream(tmp_path: Path) -> None:
     assert seen["ratio"] is None
     assert "ttft_ms" not in seen
     assert seen["requests_per_s"] * 6 == pytest.approx(sorted(seen["server_tokens_per_s"])[0], rel=1)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_an_end_in_the_middle_leaves_neither_server_nor_engine(how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "headway", "bench", "serve", *FAKE, *SIZES, "--repeats", "100000"]
+    shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]  # as one that starts jobs in the background
+    with subprocess.Popen([*shell, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        assert process.stderr
+        next(line for line in process.stderr if b"LLM.generate" in line)
+        process.send_signal(how)
+        process.stderr.read()  # its children hold it too: the end of them all
+        assert process.wait(30) == -how
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ def main() -> int:
     replies = open(int(sys.argv[1]), "wb")  # noqa: SIM115 (open as long as the process)
     os.set_inheritable(replies.fileno(), False)
     os.dup2(2, 1)  # what a library prints is for people
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have switched off: see _read()
     child = _Child(replies, sys.argv[2])
     try:
         child.serve()

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,7 @@ from headway.bench.throughput import for_mode
 from headway.bench.workload import Pass, random_prompts, sampling
 from headway.config import EngineArgs
 from headway.errors import EngineError
+from headway.executor.child import end_with_parent
 
 _READY = re.compile(rb"headway: (\S+) serves ")
 _WARM_UP = 2
@@ -134,7 +136,8 @@ class _Server:
             flag = name.replace("_", "-")
             command.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
         self.began = time.monotonic()
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        ends = partial(end_with_parent, signal.SIGTERM)
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=ends)
         self.url, self.startup_s = self._ready(), time.monotonic() - self.began
 
     def __enter__(self) -> _Server:

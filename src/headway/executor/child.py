@@ -58,8 +58,7 @@ class Parent:
     """The child's side of it, in the process that spawn() started. Raises EOFError where the parent has ended."""
 
     def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None)
-        self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
         for number in (signal.SIGTERM, signal.SIGINT):  # to the whole group; that too is for the parent to act on
             signal.signal(number, signal.SIG_IGN)
         self._link = socket.socket(fileno=int(sys.argv[1]))
@@ -68,7 +67,7 @@ class Parent:
     def watch(self, name: str, heard: Callable[[bytes], None] | None = None) -> None:
         """From now on this process is called ``name`` and ends with its parent. heard: is called, on another thread,
         with what comes from the parent."""
-        self._libc.prctl(_PR_SET_NAME, name.encode())
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
         threading.Thread(target=self._watch, args=(heard,), name="headway-parent", daemon=True).start()
 
     def send(self, data: bytes) -> None:
@@ -94,6 +93,11 @@ class Parent:
                 if heard is not None:
                     heard(data)
         os._exit(1)
+
+
+def end_with_parent(how: signal.Signals) -> None:
+    """What this process gets when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
 
 
 def own_modules() -> dict[str, str]:
