@@ -139,7 +139,7 @@ class _Child:
     def __init__(self, replies: IO[bytes], subject: str) -> None:
         self._replies, self._subject = replies, subject
         self._jobs: SimpleQueue[bytes | None] = SimpleQueue()
-        self._busy = True
+        self._busy = False
         threading.Thread(target=self._read, daemon=True).start()
 
     def serve(self) -> None:
@@ -153,7 +153,7 @@ class _Child:
         subject = kind(msgspec.json.decode(line, type=setup_type))
         try:
             self._answer(Ready(startup_s=time.perf_counter() - began, facts=subject.facts()))
-            while (line := self._next()) is not None:
+            while (line := self._jobs.get()) is not None:
                 result = subject.run(msgspec.json.decode(line, type=job_type))
                 self._answer(Result(value=msgspec.Raw(msgspec.json.encode(result))))
         finally:
@@ -162,13 +162,8 @@ class _Child:
     def fail(self, error: Exception) -> None:
         self._answer(Failed(message=f"{type(error).__name__}: {' '.join(str(error).split())}"))
 
-    def _next(self) -> bytes | None:
-        self._busy = False
-        line = self._jobs.get()
-        self._busy = True
-        return line
-
     def _answer(self, reply: Ready | Result | Failed) -> None:
+        self._busy = False  # before there can be another job
         self._replies.write(msgspec.json.encode(reply) + b"\n")
         self._replies.flush()
 
@@ -176,6 +171,7 @@ class _Child:
         # Unbuffered: nobody holds a lock that the interpreter's end waits for.
         with open(0, "rb", buffering=0, closefd=False) as lines:
             for line in lines:
+                self._busy = True
                 self._jobs.put(line)
         self._jobs.put(None)
         if self._busy:
