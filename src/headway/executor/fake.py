@@ -8,6 +8,7 @@ given twice, a prefix shared that was never computed, a token skipped) fails an 
 from __future__ import annotations
 
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from headway.executor.uni import Masks, UniExecutor
 from headway.messages import RowLogprobs, SlotStart, StepPlan, StepResult
 
 _WORD = (1 << 64) - 1
+_STATE = 8  # bytes
 DEFAULT_BLOCKS = 1024
 
 
@@ -69,7 +71,7 @@ class _Sequence:
     tokens: list[int]
     computed: int
     blocks: list[int]
-    states: list[int] = field(default_factory=list)
+    states: array[int] = field(default_factory=partial(array, "Q"))
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
@@ -182,8 +184,9 @@ class FakeWorker:
         """Everything counted as computed is really in the blocks."""
         count = sequence.computed
         if not self._encoder and count:
-            held = self._kv[sequence.blocks[: -(-count // self._block_size)]].ravel()[:count]
-            assert held.tolist() == sequence.states[:count], "the blocks hold another sequence's tokens"
+            held = self._kv[sequence.blocks[: -(-count // self._block_size)]].tobytes()
+            same = held[: count * _STATE] == sequence.states.tobytes()[: count * _STATE]
+            assert same, "the blocks hold another sequence's tokens"
 
     def _results(self, plan: StepPlan, runs: list[tuple[int, int]], masks: Masks) -> StepResult:
         sampling = [s for s, _ in runs if self._samples(self._sequences[s])]
