@@ -222,7 +222,7 @@ def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
 
 def test_where_an_event_loop_runs_a_job_has_a_thread_which_ctrl_c_ends(tmp_path: Path) -> None:
     def interrupt(row: Row) -> None:
-        if row.data["id"] == 500:  # when those of many windows before have been taken in
+        if row.data["id"] == 500:  # when those of many windows are taken in
             os.kill(os.getpid(), signal.SIGINT)
 
     async def notebook(source: Iterable[dict[str, Any]]) -> Summary:

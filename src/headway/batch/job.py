@@ -8,8 +8,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -236,7 +236,8 @@ def request_reader(processor: Processor) -> Callable[[Reader], Reader] | None:
 
 def run(job: Job, flow: Flow) -> Summary:
     """Where an event loop runs already, as in a notebook, on a thread of its own."""
-    stop: list[Callable[[], object]] = []
+    started: Future[Callable[[], object]] = Future()
+    ended: Future[Summary] = Future()
 
     async def interruptible() -> Summary:
         task = asyncio.current_task()
@@ -250,7 +251,7 @@ def run(job: Job, flow: Flow) -> Summary:
                 task.cancel()
             interrupts.append(None)
 
-        stop.append(partial(loop.call_soon_threadsafe, interrupt))
+        started.set_result(partial(loop.call_soon_threadsafe, interrupt))
         if threading.current_thread() is threading.main_thread():
             loop.add_signal_handler(signal.SIGINT, interrupt)
         try:
@@ -260,17 +261,26 @@ def run(job: Job, flow: Flow) -> Summary:
                 raise KeyboardInterrupt from None
             raise
 
+    def work() -> None:
+        try:
+            ended.set_result(asyncio.run(interruptible()))
+        except BaseException as error:
+            ended.set_exception(error)
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(interruptible())
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            return thread.submit(asyncio.run, interruptible()).result()
-        except KeyboardInterrupt:
-            for call in stop:
-                call()
-            raise
+    try:
+        threading.Thread(target=work, name="headway-job").start()
+        return ended.result()
+    except KeyboardInterrupt:  # perhaps before the thread is known to run
+        either: set[Future[Any]] = {started, ended}
+        if wait(either, 10, FIRST_COMPLETED).done:
+            with suppress(RuntimeError):  # it has just ended
+                started.result(0)()
+            wait({ended})
+        raise
 
 
 def _skip(rows: Iterator[InputRow], state: State) -> None:
