@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -307,9 +308,11 @@ def what_there_is() -> dict[str, list[str]]:
     }
 
 
-def what_is_left() -> tuple[object, ...]:
-    """Open files, of which shared memory is one, threads and child processes: how many, and which."""
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), child_processes()
+def what_is_left() -> Counter[str]:
+    """Open files, of which shared memory is one, threads and child processes. To be compared with <=: what an earlier
+    test left may go meanwhile."""
+    threads = [re.sub(r"\d+", "", thread.name) for thread in threading.enumerate()]
+    return Counter([*map(_target, os.listdir("/proc/self/fd")), *threads, *child_processes()])
 
 
 def child_processes() -> list[str]:

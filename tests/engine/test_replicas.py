@@ -107,7 +107,7 @@ def test_llm_with_two_replicas_answers_as_one_engine_and_leaves_nothing(
             llm.generate(PROMPTS[0])
         llm.wake_up()
         assert llm.generate([PROMPTS[2]], PARAMS[2])[0].outputs[0].token_ids == expected[2]
-    assert what_is_left() == before
+    assert what_is_left() <= before
     with pytest.raises(EngineDead, match="closed"):
         llm.generate(PROMPTS[0])
 
@@ -122,7 +122,7 @@ def test_what_no_replica_can_load_is_the_callers_error_and_leaves_nothing(minilm
     before = what_is_left()
     with pytest.raises(ModelError):
         LLM(str(tmp_path), data_parallel_size=2)
-    assert what_is_left() == before
+    assert what_is_left() <= before
 
 
 async def test_several_front_ends_share_the_engines(settings: dict[str, Any], expected: list[list[int]]) -> None:
@@ -143,4 +143,4 @@ async def test_several_front_ends_share_the_engines(settings: dict[str, Any], ex
         async for _ in running:
             pass
     fronts[1].close()
-    assert what_is_left() == before
+    assert what_is_left() <= before

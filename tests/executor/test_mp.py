@@ -166,7 +166,7 @@ def test_ranks_on_other_nodes_are_like_all_others(make: Make, remote: tuple[int,
             executor.submit(plan(4, SLEEP, 0, 60_000)).result()
     finally:
         executor.close()
-    assert gone(info.pids) and what_is_left() == before
+    assert gone(info.pids) and what_is_left() <= before
 
 
 def test_an_exception_in_a_step_of_any_rank_ends_it_at_once(make: Make) -> None:
@@ -303,7 +303,7 @@ def test_a_start_that_fails_on_a_rank_leaves_nothing(
     executor = make(2, path, start_timeout_s=1.5 if "hangs" in path else 60)
     with pytest.raises(error, match=message):
         executor.start()
-    assert what_is_left() == before
+    assert what_is_left() <= before
     with pytest.raises(EngineDead):
         executor.submit(plan(1))
 
@@ -315,7 +315,7 @@ def test_close_leaves_nothing_and_may_be_repeated(make: Make) -> None:
     future = executor.submit(plan(1, SLEEP, 0, 60_000))
     executor.close(0.2)
     executor.close()
-    assert what_is_left() == before
+    assert what_is_left() <= before
     with pytest.raises(EngineDead):
         future.result()
     for call in (executor.health, lambda: executor.submit(plan(2)), lambda: executor.call("echo")):
@@ -381,7 +381,7 @@ def test_an_interrupted_start_does_not_wait_for_the_other_processes(make: Make) 
         executor.start()
     interrupting.join()
     assert len(children_started) < 20
-    assert what_is_left() == before
+    assert what_is_left() <= before
 
 
 def test_a_dropped_executor_lets_go_of_its_port_on_any_thread(make: Make) -> None:
@@ -391,7 +391,7 @@ def test_a_dropped_executor_lets_go_of_its_port_on_any_thread(make: Make) -> Non
     dropping = threading.Thread(target=executors.clear, daemon=True)
     dropping.start()
     assert settles(lambda: -threading.active_count())
-    assert what_is_left() == before
+    assert what_is_left() <= before
 
 
 def test_ctrl_c_in_the_terminal_is_for_the_engine_alone(make: Make) -> None:

@@ -89,7 +89,7 @@ def test_callers_learn_of_a_killed_worker_within_two_seconds(parallel: dict[str,
         with pytest.raises(EngineDead, match=f"rank {rank} ended with status -9"):
             llm.generate(PROMPTS)
     assert time.monotonic() - fault.at < 5
-    assert what_is_left() == before and not any(map(alive, pids))
+    assert what_is_left() <= before and not any(map(alive, pids))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_callers_learn_of_a_stopped_worker_within_the_time_limit(parallel: dict[
             llm.generate(PROMPTS, LONG, on_output=fault)
         assert time.monotonic() - fault.at < 2.5
     assert time.monotonic() - fault.at < 5
-    assert what_is_left() == before and not any(map(alive, pids))
+    assert what_is_left() <= before and not any(map(alive, pids))
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_callers_get_the_exception_of_a_step_on_any_rank(
         with pytest.raises(WorkerError, match=f"rank {rank}: ZeroDivisionError: unlucky"):
             llm.generate(PROMPTS, LONG, on_output=fault)
         assert time.monotonic() - fault.at < 2
-    assert what_is_left() == before
+    assert what_is_left() <= before
 
 
 def test_a_ring_whose_counts_make_no_sense_is_told_with_its_rank(failing: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ def test_a_ring_whose_counts_make_no_sense_is_told_with_its_rank(failing: dict[s
         fault = Fault(llm.executor_info.pids[1], signal.SIGUSR2)
         with pytest.raises(EngineError, match="rank 1 wrote what is no message: the counts of a ring"):
             llm.generate(PROMPTS, LONG, on_output=fault)
-    assert what_is_left() == before
+    assert what_is_left() <= before
 
 
 def test_a_slow_worker_is_no_fault(failing: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def test_a_model_that_its_workers_cannot_load_leaves_nothing(minilm_dir: Path, t
     before = what_is_left()
     with pytest.raises(ModelError):
         LLM(str(model), distributed_executor_backend="mp", tensor_parallel_size=2)
-    assert what_is_left() == before
+    assert what_is_left() <= before
 
 
 FRONT_END = """

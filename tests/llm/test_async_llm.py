@@ -38,7 +38,7 @@ async def test_deltas_join_to_what_llm_returns(fake: FakeFrontends) -> None:
         deltas = [d async for d in llm.generate([50, 51], SEEDED, request_id="r1")]
     assert "".join(d.outputs[0].text for d in deltas) == whole.outputs[0].text
     assert [t for d in deltas for t in d.outputs[0].token_ids] == whole.outputs[0].token_ids
-    assert len(deltas) > 1  # those that nobody was there for come as one
+    assert len(deltas) > 2
     assert {d.request_id for d in deltas} == {"r1"}
     assert deltas[-1].finished and deltas[-1].outputs[0].finish_reason == "length"
 
