@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 
 from headway.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from headway.engine import AsyncEngine, EngineCore
-from headway.engine.port import Stream
+from headway.engine.port import Enough, Pause, Stream
 from headway.errors import EngineDead, RequestError, WorkerError
 from headway.executor.fake import FakeExecutor, FakeModel, FakeWorker, prefix_state
 from headway.executor.uni import UniExecutor
@@ -264,6 +264,78 @@ def test_outputs_that_wait_for_a_slow_caller_are_one() -> None:
 
     with running() as engine:
         asyncio.run(scenario(engine))
+
+
+def test_who_follows_gets_what_who_iterates_gets() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        requests = [make_request(f"r{number}", 5 + number) for number in range(3)]
+        tokens = {request.request_id: list[int]() for request in requests}
+
+        def take(output: EngineOutput) -> None:
+            tokens[output.request_id] += output.token_ids
+
+        await engine.follow(requests, take)
+        assert tokens == {request.request_id: tokens_alone(request) for request in requests}
+
+    with running() as engine:
+        asyncio.run(main(engine))
+
+
+def test_who_asks_for_a_pause_gets_what_comes_meanwhile_as_one() -> None:
+    request, counts, tokens, pauses = make_request("r", 60), list[int](), list[int](), 0
+
+    async def pause() -> None:
+        nonlocal pauses
+        pauses += 1
+        before = len(counts)
+        await asyncio.sleep(0.05)
+        assert len(counts) == before
+
+    def take(output: EngineOutput) -> Pause | None:
+        counts.append(len(output.token_ids))
+        tokens.extend(output.token_ids)
+        return pause if len(counts) in (1, 3) else None
+
+    with running(FakeModel(latency_s=0.005)) as engine:
+        asyncio.run(engine.follow([request], take))
+    assert tokens == tokens_alone(request) and pauses == 2
+    assert counts[0] == 1 and counts[1] > 2 and counts[3] > 2
+
+
+@pytest.mark.parametrize("error", [Enough(), ValueError("cannot be told")])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_taker_that_fails_or_has_enough_ends_its_requests_alone(error: Exception, at: int) -> None:
+    async def main(engine: AsyncEngine) -> None:
+        other, seen = asyncio.create_task(collect(engine, make_request("other", 300))), 0
+
+        def take(_: EngineOutput) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == at:
+                raise error
+
+        with suppress(ValueError):
+            await engine.follow([make_request("r", 1000)], take)
+        assert seen == at
+        await eventually(lambda: engine.metrics().running == 1)
+        assert not other.done()
+        assert sum(len(output.token_ids) for output in await other) == 300
+
+    with running(FakeModel(latency_s=0.002)) as engine:
+        asyncio.run(main(engine))
+
+
+def test_an_event_loop_that_is_late_gets_what_came_meanwhile_as_one() -> None:
+    request, counts = make_request("r", 40), list[int]()
+
+    def take(output: EngineOutput) -> None:
+        counts.append(len(output.token_ids))
+        if len(counts) == 2:
+            time.sleep(0.1)
+
+    with running(FakeModel(latency_s=0.005)) as engine:
+        asyncio.run(engine.follow([request], take))
+    assert sum(counts) == 40 and counts[2] > 5
 
 
 def test_a_grammar_that_compiles_holds_nobody_up() -> None:

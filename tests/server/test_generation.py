@@ -58,6 +58,13 @@ def test_a_streamed_chat_says_the_same_in_pieces(client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == 8
 
 
+def test_a_stream_may_end_with_its_first_token(client: openai.OpenAI) -> None:
+    *_, first, last = ask(client, max_tokens=1, stream=True)
+    assert first.choices[0].delta.content == "The" and last.choices[0].finish_reason == "length"
+    pieces = [chunk.choices[0] for chunk in complete(client, prompt=["One", "Two"], max_tokens=1, stream=True)]
+    assert sorted((piece.index, piece.finish_reason) for piece in pieces) == [(0, "length"), (1, "length")]
+
+
 def test_usage_may_come_with_every_chunk(client: openai.OpenAI) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     counts = [chunk.usage.completion_tokens for chunk in ask(client, stream=True, stream_options=options)]

@@ -44,6 +44,12 @@ def test_any_tokens_stream_to_the_whole_text(tokenizer: Tokenizer, prompt: list[
     assert streamed(tokenizer, prompt, ids) == tokenizer.decode(ids)
 
 
+def test_every_token_streams_to_its_text(tokenizer: Tokenizer) -> None:
+    for token in range(tokenizer.vocab_size + 1):  # the last one is none: a model's vocabulary may be larger
+        stream = tokenizer.stream(skip_special_tokens=False)
+        assert stream.push(token) + stream.flush() == tokenizer.decode([token], False)
+
+
 def test_a_character_of_several_tokens_arrives_whole(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🤗")
     stream = tokenizer.stream()

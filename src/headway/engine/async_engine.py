@@ -22,7 +22,7 @@ from headway.engine.constraints import constraint
 from headway.engine.core import EngineCore
 from headway.engine.grammar import Matcher
 from headway.engine.metrics import EngineMetrics
-from headway.engine.port import EngineClient, Health, Item, Stream, send
+from headway.engine.port import EngineClient, Health, Item, Stream
 from headway.errors import EngineDead, EngineError, HeadwayError, RequestError
 from headway.messages import EngineOutput
 
@@ -182,7 +182,7 @@ class AsyncEngine(EngineClient):
         self._send(items)
 
     def _send(self, items: list[tuple[Stream, Item]]) -> None:
-        self._leave(send(items))
+        self._leave(self._outbox.send(items))
 
     def _end(self, error: BaseException) -> None:
         """Tells everybody who waits or has just asked."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Item = EngineOutput | BaseException
 Put = Callable[[str, Item], None]
+Pause = Callable[[], Awaitable[object]]
+"""What a taker returns that takes nothing more until it has been called and waited for."""
+Take = Callable[[EngineOutput], Pause | None]
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -41,6 +44,10 @@ class Stream:
     put: Put
 
 
+class Enough(Exception):
+    """Raised by a Take that wants nothing more."""
+
+
 class EngineClient(ABC):
     """May be used from any thread and any event loop. A dead engine raises EngineDead, which says why.
 
@@ -50,6 +57,7 @@ class EngineClient(ABC):
     def __init__(self) -> None:
         self.ended: Future[BaseException] = Future()
         self.ended.set_running_or_notify_cancel()  # who no longer waits for it does not cancel it
+        self._outbox = Outbox()
         self._gate = threading.RLock()  # orders a caller's look at ``ended`` and its message
 
     async def generate(self, *requests: Request) -> AsyncGenerator[EngineOutput, None]:
@@ -60,15 +68,31 @@ class EngineClient(ABC):
         Closing the iterator early aborts what still runs. Raises RequestError for a bad request, and what ended the
         engine if it fails.
         """
-        loop, inbox = asyncio.get_running_loop(), _Inbox()
+        inbox = _Inbox()
+        with self._entered(requests, inbox) as running:
+            while running:
+                for output in await inbox.next(running):
+                    yield output
+
+    async def follow(self, requests: Iterable[Request], take: Take) -> None:
+        """As generate(), with what take makes of the outputs: most of them without a switch of tasks, as it is called
+        where they arrive.
+        """
+        inbox = _Inbox(take)
+        with suppress(Enough), self._entered(requests, inbox) as running:
+            while running:
+                for output in await inbox.next(running):
+                    if (pause := take(output)) is not None:
+                        await pause()
+
+    @contextmanager
+    def _entered(self, requests: Iterable[Request], inbox: _Inbox) -> Generator[dict[str, Stream]]:
+        """Those of the requests that have not ended, by name. They end with it."""
+        loop = asyncio.get_running_loop()
         running = {request.request_id: Stream(request, loop, inbox.put) for request in requests}
         try:
             self.enter(list(running.values()))
-            while running:
-                for output in await inbox.take():
-                    if output.finish_reason is not None:
-                        del running[output.request_id]
-                    yield output
+            yield running
         finally:
             if running:
                 self.leave(list(running.values()))
@@ -140,31 +164,48 @@ class EngineClient(ABC):
 
 
 class _Inbox:
-    """What the caller of generate() has not taken yet."""
+    """What a caller has not taken yet. direct: takes what comes while the caller waits, but for last outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, direct: Take | None = None) -> None:
+        self._direct = direct
         self._outputs: dict[str, EngineOutput] = {}
         self._error: BaseException | None = None
+        self._pause: Pause | None = None
         self._waiting: asyncio.Future[None] | None = None
 
     def put(self, request_id: str, item: Item) -> None:
+        waiting = None if self._waiting is None or self._waiting.done() else self._waiting
         if isinstance(item, BaseException):
             self._error = item
+        elif waiting is not None and self._direct is not None and item.finish_reason is None:
+            try:
+                self._pause = self._direct(item)
+            except Exception as error:
+                self._error = error
+            else:
+                if self._pause is None:
+                    return
         else:
             before = self._outputs.get(request_id)
             self._outputs[request_id] = item if before is None else _joined(before, item)
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
+        if waiting is not None:
+            waiting.set_result(None)
 
-    async def take(self) -> Iterable[EngineOutput]:
-        """Of each request one; waits for any. Raises what came after them."""
+    async def next(self, running: dict[str, Stream]) -> Iterable[EngineOutput]:
+        """Of each request one, waits for any; running loses those that end. Raises what came after them."""
         while not self._outputs:
             if self._error is not None:
                 raise self._error
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
-        outputs, self._outputs = self._outputs, {}
-        return outputs.values()
+            if self._pause is not None:
+                await self._pause()
+                self._pause = None
+        outputs, self._outputs = self._outputs.values(), {}
+        for output in outputs:
+            if output.finish_reason is not None:
+                del running[output.request_id]
+        return outputs
 
 
 def _joined(first: EngineOutput, then: EngineOutput) -> EngineOutput:
@@ -178,23 +219,50 @@ def _joined(first: EngineOutput, then: EngineOutput) -> EngineOutput:
     )
 
 
-def send(items: list[tuple[Stream, Item]]) -> list[Stream]:
-    """Hands items to their callers, with one wake-up per event loop; returns streams whose event loop is closed."""
-    by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Stream, Item]]] = {}
-    for stream, item in items:
-        by_loop.setdefault(stream.loop, []).append((stream, item))
-    lost: list[Stream] = []
-    for loop, batch in by_loop.items():
-        try:
-            if loop is None:
-                _put(batch)
+class Outbox:
+    """Hands items to their callers: with one wake-up for all that an event loop has not taken yet."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = {}
+
+    def send(self, items: list[tuple[Stream, Item]]) -> list[Stream]:
+        """Returns streams whose event loop is closed."""
+        by_loop: dict[asyncio.AbstractEventLoop | None, list[tuple[Stream, Item]]] = {}
+        for stream, item in items:
+            by_loop.setdefault(stream.loop, []).append((stream, item))
+        _put(by_loop.pop(None, []))
+        lost: list[Stream] = []
+        for loop, batch in by_loop.items():
+            assert loop is not None
+            with self._lock:
+                waiting = self._waiting.setdefault(loop, batch)
+                if waiting is not batch:
+                    waiting += batch
+            try:
+                if waiting is batch or loop.is_closed():
+                    loop.call_soon_threadsafe(self._hand_out, loop)
+            except RuntimeError:  # that event loop is closed: its callers are gone
+                del self._waiting[loop]
+                lost += {stream for stream, _ in waiting}
+        return lost
+
+    def _hand_out(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What has come of a stream meanwhile is one output."""
+        with self._lock:
+            batch = self._waiting.pop(loop)
+        outputs: dict[Stream, EngineOutput] = {}
+        failed: list[tuple[Stream, Item]] = []
+        for stream, item in batch:
+            if isinstance(item, BaseException):
+                failed.append((stream, item))
             else:
-                loop.call_soon_threadsafe(_put, batch)
-        except RuntimeError:  # that event loop is closed: its callers are gone
-            lost += [stream for stream, _ in batch]
-    return lost
+                before = outputs.get(stream)
+                outputs[stream] = item if before is None else _joined(before, item)
+        _put(outputs.items())
+        _put(failed)
 
 
-def _put(batch: list[tuple[Stream, Item]]) -> None:
-    for stream, item in batch:
+def _put(items: Iterable[tuple[Stream, Item]]) -> None:
+    for stream, item in items:
         stream.put(stream.request.request_id, item)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from headway.engine.metrics import EngineMetrics
-from headway.engine.port import EngineClient, Health, Item, Stream, send
+from headway.engine.port import EngineClient, Health, Item, Stream
 from headway.engine.remote import RemoteEngine, Sent
 from headway.engine.replay import GONE, Act, Replay
 from headway.engine.routing import Router
@@ -186,7 +186,7 @@ class Replicas(EngineClient):
         self._deliver([(sent.stream, item) for sent, item in items])
 
     def _deliver(self, items: list[tuple[Stream, Item]]) -> None:
-        if lost := send(items):
+        if lost := self._outbox.send(items):
             self._leave(lost)
 
     # Replicas that come and go ----------------------------------------------------------------------------------------

@@ -130,7 +130,9 @@ class FakeWorker:
         self._sequences.clear()
 
     def _release(self, slot: int) -> None:
-        for block in self._sequences.pop(slot).blocks:
+        sequence = self._sequences.pop(slot)
+        self._check_kv(sequence)
+        for block in sequence.blocks:
             self._holders[block] -= 1
 
     def _start(self, start: SlotStart) -> None:
@@ -196,7 +198,8 @@ class FakeWorker:
         tokens: list[int] = []
         for slot, count in runs:
             sequence = self._sequences[slot]
-            self._check_kv(sequence)
+            if sequence.computed % self._block_size == 0:
+                self._check_kv(sequence)
             self._add_prompt_logprobs(slot, count, result)
             complete = sequence.computed == len(sequence.tokens)
             if sequence.start.pooling is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from headway.engine import AsyncEngine, EngineCore, EngineMetrics
-from headway.engine.port import EngineClient, Health
+from headway.engine.port import EngineClient, Enough, Health, Pause
 from headway.errors import RequestError
 from headway.llm.chat import Message
 from headway.llm.frontend import Client, Frontend
@@ -54,29 +54,43 @@ class AsyncLLM(Client[EngineClient]):
 
         data_parallel_rank: the replica that is to run it.
         """
-        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        name = self._claim(request_id)
-        try:
-            routing = {"priority": priority, "data_parallel_rank": data_parallel_rank}
-            prepared = await self._prepare(name, prompt, params, delta=stream, **routing)
-            self._running[name] = [request.request_id for request in prepared.requests]
-            result = GeneratedResult(self.tokenizer, prepared)
-            if name in self._aborted_early:
-                source = _aborted(prepared.requests)
-            else:
-                source = self._engine.generate(*prepared.requests)
+        with self._named(request_id) as name:
+            routing: dict[str, Any] = {"priority": priority, "data_parallel_rank": data_parallel_rank}
+            requests, result = await self._begin(name, prompt, sampling_params, stream, **routing)
+            source = self._engine.generate(*requests)
             async with aclosing(source) as outputs:
                 async for output in outputs:
-                    delta, must_abort = result.feed(output)
-                    if must_abort:
-                        self._engine.abort([output.request_id])
-                    if delta is not None:
+                    if (delta := self._feed(result, output)) is not None:
                         yield delta
                     if result.finished:
                         return
-        finally:
-            del self._running[name]
-            self._aborted_early.discard(name)
+
+    async def follow(
+        self,
+        prompt: Prompt,
+        take: Callable[[RequestOutput], Pause | None],
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        stream: bool = True,
+        data_parallel_rank: int | None = None,
+    ) -> None:
+        """As generate(), with what take makes of the outputs: it is called where they arrive, most of them without a
+        switch of tasks. What it returns is waited for before the next one.
+        """
+
+        def feed(output: EngineOutput) -> Pause | None:
+            delta = self._feed(result, output)
+            pause = None if delta is None else take(delta)
+            if result.finished and pause is None:
+                raise Enough
+            return pause
+
+        with self._named(request_id) as name:
+            routing: dict[str, Any] = {"priority": priority, "data_parallel_rank": data_parallel_rank}
+            requests, result = await self._begin(name, prompt, sampling_params, stream, **routing)
+            await self._engine.follow(requests, feed)
 
     async def chat(
         self,
@@ -188,12 +202,34 @@ class AsyncLLM(Client[EngineClient]):
                     return pooled
         raise AssertionError("the engine ended a request without an output")
 
-    def _claim(self, request_id: str | None) -> str:
+    @contextmanager
+    def _named(self, request_id: str | None) -> Generator[str]:
         name = next(self._ids) if request_id is None else request_id
         if name in self._running:
             raise RequestError("request_id", name, "a request of this name is running")
         self._running[name] = []
-        return name
+        try:
+            yield name
+        finally:
+            del self._running[name]
+            self._aborted_early.discard(name)
+
+    async def _begin(
+        self, name: str, prompt: Prompt, params: SamplingParams | None, stream: bool, **routing: Any
+    ) -> tuple[list[Request], GeneratedResult]:
+        """What the engine is to run; it is entered before anything else happens on this event loop."""
+        params = self.get_default_sampling_params() if params is None else params
+        prepared = await self._prepare(name, prompt, params, delta=stream, **routing)
+        self._running[name] = [request.request_id for request in prepared.requests]
+        if name in self._aborted_early:
+            asyncio.get_running_loop().call_soon(self.abort, name)
+        return prepared.requests, GeneratedResult(self.tokenizer, prepared)
+
+    def _feed(self, result: GeneratedResult, output: EngineOutput) -> RequestOutput | None:
+        delta, must_abort = result.feed(output)
+        if must_abort:
+            self._engine.abort([output.request_id])
+        return delta
 
     async def _prepare(self, request_id: str, prompt: Prompt, params: Params, **options: Any) -> Prepared:
         item = as_input(prompt)
@@ -201,12 +237,6 @@ class AsyncLLM(Client[EngineClient]):
         if _is_quick(item, params):
             return prepare(request_id, item, params, **options)
         return await asyncio.to_thread(prepare, request_id, item, params, **options)
-
-
-async def _aborted(requests: list[Request]) -> AsyncGenerator[EngineOutput, None]:
-    """What the engine would have said, had it seen the requests."""
-    for request in requests:
-        yield EngineOutput(request_id=request.request_id, finish_reason="abort")
 
 
 def _is_quick(item: PromptInput, params: Params) -> bool:

@@ -124,6 +124,8 @@ class Processor:
         ids = [item.token_ids for item in items]
         for special in (True, False):
             at = [i for i, item in enumerate(items) if item.text is not None and item.add_special_tokens is special]
+            if not at:
+                continue
             texts = [items[i].text or "" for i in at]
             for i, encoded in zip(at, self._tokenizer.encode_batch(texts, special), strict=True):
                 ids[i] = encoded

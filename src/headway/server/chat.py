@@ -5,10 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
+from headway.engine.port import Pause
 from headway.llm.prompts import PromptInput
-from headway.messages import Completion, SamplingParams
+from headway.messages import Completion, RequestOutput, SamplingParams
 from headway.server.answers import (
     TEXT,
     Chunks,
@@ -22,7 +24,7 @@ from headway.server.answers import (
     head,
     usage_of,
 )
-from headway.server.endpoint import Answer, Stream
+from headway.server.endpoint import Answer, Write
 from headway.server.generation import chat_prompt, check, check_end, run, sampling, whole
 from headway.server.protocol import ChatRequest
 from headway.server.reading import ANSWER, THINK, Call, Content, Kind, Message, Part, Reader, Thinking, call_id
@@ -56,7 +58,7 @@ async def prepare(state: State, request: ChatRequest) -> Turn:
 async def chat(state: State, request: ChatRequest) -> Answer:
     turn = await prepare(state, request)
     if request.stream:
-        return _stream(state, turn, request)
+        return partial(_stream, state, turn, request)
     (output,) = await whole(state, [turn.prompt], turn.params, request)
     messages = [Message.read(turn.reader(), sample.text) for sample in output.outputs]
     top = request.top_logprobs or 0
@@ -79,24 +81,25 @@ def thinking_tokens(state: State, token_ids: list[int]) -> int:
     return len(pieces) if at < 0 else 1 + bisect_left(list(accumulate(map(len, pieces))), at + len(ANSWER))
 
 
-async def _stream(state: State, turn: Turn, request: ChatRequest) -> Stream:
+async def _stream(state: State, turn: Turn, request: ChatRequest, write: Write) -> bytes:
     usage = Usage()
     chunks = Chunks(head("chatcmpl", "chat.completion.chunk", state.names[0]), request.stream_options, usage)
     choices: dict[int, _Choice] = {}
-    async with run(state, [turn.prompt], turn.params, request) as outputs:
-        async for output in outputs:
-            if not choices:
-                usage.add_prompt(output)
-            for sample in output.outputs:
-                usage.completion += len(sample.token_ids)
-                choice = choices.get(sample.index)
-                if choice is None:
-                    choice = choices[sample.index] = _Choice(sample.index, turn, chunks, request.top_logprobs or 0)
-                    yield choice.begin() + choice.feed(sample)
-                elif event := choice.feed(sample):
-                    yield event
+
+    def take(output: RequestOutput) -> Pause | None:
+        if not choices:
+            usage.add_prompt(output)
+        (sample,) = output.outputs
+        usage.completion += len(sample.token_ids)
+        choice = choices.get(sample.index)
+        if choice is not None:
+            return write(choice.feed(sample))
+        choice = choices[sample.index] = _Choice(sample.index, turn, chunks, request.top_logprobs or 0)
+        return write(choice.begin() + choice.feed(sample))
+
+    await run(state, [turn.prompt], turn.params, request, take)
     usage.reasoning = sum(thinking_tokens(state, one.token_ids) for one in choices.values() if one.reasoned)
-    yield chunks.end()
+    return chunks.end()
 
 
 class _Choice:

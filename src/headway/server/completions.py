@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from headway.engine.port import Pause
 from headway.llm.prompts import PromptInput
 from headway.messages import Completion, RequestOutput, SamplingParams
 from headway.server.answers import (
@@ -15,7 +18,7 @@ from headway.server.answers import (
     text_logprobs,
     usage_of,
 )
-from headway.server.endpoint import Answer, Stream
+from headway.server.endpoint import Answer, Write
 from headway.server.generation import check, check_end, run, sampling, whole
 from headway.server.protocol import CompletionRequest, prompts_of
 from headway.server.state import State
@@ -27,7 +30,7 @@ async def completions(state: State, request: CompletionRequest) -> Answer:
     params = sampling(request, state.completion_defaults, **({"max_tokens": 1} if _is_echo_alone(request) else {}))
     prompts = prompts_of("prompt", request.prompt, state.most)
     if request.stream:
-        return _stream(state, prompts, params, request)
+        return partial(_stream, state, prompts, params, request)
     outputs = await whole(state, prompts, params, request)
     choices: list[Record] = []
     for output in outputs:
@@ -52,8 +55,8 @@ def _clear(sample: Completion) -> None:
 
 
 async def _stream(
-    state: State, prompts: list[PromptInput], params: SamplingParams, request: CompletionRequest
-) -> Stream:
+    state: State, prompts: list[PromptInput], params: SamplingParams, request: CompletionRequest, write: Write
+) -> bytes:
     """Text alone is put between bytes that are there already: most chunks have nothing else."""
     usage = Usage()
     chunks = Chunks(head("cmpl", "text_completion", state.names[0]), request.stream_options, usage)
@@ -61,27 +64,27 @@ async def _stream(
     choices: dict[int, _Choice] = {}
     around: dict[int, tuple[bytes, bytes]] = {}
     echo_alone = _is_echo_alone(request)
-    async with run(state, prompts, params, request) as outputs:
-        async for output in outputs:
-            for sample in output.outputs:
-                if echo_alone:
-                    _clear(sample)
-                usage.completion += len(sample.token_ids)
-                cut = around.get(sample.index)
-                if cut is not None and sample.finish_reason is None:
-                    if sample.text:
-                        yield cut[0] + encode(sample.text) + cut[1]
-                    continue
-                check_end(sample)
-                if sample.index not in choices:
-                    choices[sample.index] = _Choice(state, request)
-                    if is_bare:
-                        plain = Completion(index=sample.index, text=TEXT, token_ids=[])
-                        around[sample.index] = chunks.around(text_choice(plain, None))
-                    if sample.index % params.n == 0:
-                        usage.add_prompt(output)
-                yield chunks.event(choices[sample.index].feed(output, sample))
-    yield chunks.end()
+
+    def take(output: RequestOutput) -> Pause | None:
+        (sample,) = output.outputs
+        if echo_alone:
+            _clear(sample)
+        usage.completion += len(sample.token_ids)
+        cut = around.get(sample.index)
+        if cut is not None and sample.finish_reason is None:
+            return write(cut[0] + encode(sample.text) + cut[1] if sample.text else b"")
+        check_end(sample)
+        if sample.index not in choices:
+            choices[sample.index] = _Choice(state, request)
+            if is_bare:
+                plain = Completion(index=sample.index, text=TEXT, token_ids=[])
+                around[sample.index] = chunks.around(text_choice(plain, None))
+            if sample.index % params.n == 0:
+                usage.add_prompt(output)
+        return write(chunks.event(choices[sample.index].feed(output, sample)))
+
+    await run(state, prompts, params, request, take)
+    return chunks.end()
 
 
 class _Choice:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from headway.engine.port import Pause
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request, without one of its body between: its head, trailers, the extensions of a chunk."""
@@ -17,6 +20,34 @@ MOST_DROPPED_BYTES = 128 << 20
 """Of a body that comes after the answer."""
 MOST_PIPELINED = 128
 """Requests on a connection that have no answer yet."""
+EXCHANGE = "headway.exchange"
+"""In the scope of a POST: its Exchange."""
+
+
+class Exchange:
+    """A request and its answer, past what ASGI's messages cost."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._left: Callable[[], None] | None = None
+
+    def watch(self, left: Callable[[], None] | None) -> None:
+        """left: to be called if the client leaves before the end. Once the body has been read."""
+        self._left = left
+        self._cycle.flow.resume_reading()
+
+    def end(self) -> None:
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
+        if self._left is not None:
+            self._left()
+
+    def write(self, body: bytes) -> Pause | None:
+        """More of an answer that has begun and has no length."""
+        if self._cycle.disconnected:
+            return None
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        return self._cycle.flow.drain if self._cycle.flow.write_paused else None
 
 
 class Connection(HttpToolsProtocol):
@@ -26,7 +57,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._timeout = client_timeout
         self._bare = self._received = self._dropped = 0
-        self._unanswered: deque[Any] = deque()
+        self._unanswered: deque[Exchange] = deque()
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
 
@@ -36,9 +67,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for cycle in self._unanswered:  # of which uvicorn tells the last
-            cycle.disconnected = True
-            cycle.message_event.set()
+        for exchange in self._unanswered:  # of which uvicorn tells the last
+            exchange.end()
         self._request_is_there()
         self.resume_writing()
 
@@ -60,7 +90,10 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self._unanswered.append(self.cycle)
+        exchange = Exchange(self.cycle)
+        self._unanswered.append(exchange)
+        if self.scope["method"] == "POST":
+            self.scope[EXCHANGE] = exchange  # pyright: ignore[reportGeneralTypeIssues]
 
     def on_response_complete(self) -> None:
         self._unanswered.popleft()

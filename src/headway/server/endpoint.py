@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from headway.engine.port import Pause
+from headway.server.connection import EXCHANGE, Exchange
 from headway.server.errors import RETRY, ApiError, api_error
 from headway.server.protocol import decode
 from headway.server.state import State
 
 T = TypeVar("T")
 
-Stream = AsyncGenerator[bytes, None]
-Answer = bytes | Stream
+Write = Callable[[bytes], Pause | None]
+"""Of events, if there are any."""
+Events = Callable[[Write], Awaitable[bytes]]
+"""Writes events, and returns the last ones."""
+Answer = bytes | Events
 Headers = list[tuple[bytes, bytes]]
 
 _JSON = (b"content-type", b"application/json")
@@ -32,18 +36,19 @@ SMALL_BYTES = 64 << 10
 
 
 class Endpoint(Generic[T]):
-    """A POST of JSON. answer: gives the body of the answer, or events. A client that leaves cancels it."""
+    """A POST of JSON. answer: gives the body of the answer, or its events. A client that leaves cancels it."""
 
     def __init__(self, state: State, kind: type[T], answer: Callable[[State, T], Awaitable[Answer]]) -> None:
         self._state, self._answer = state, answer
         self._decoder = msgspec.json.Decoder(kind)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send)
+        exchange = scope.pop(EXCHANGE)
+        reply = Reply(send, exchange.write)
         try:
             body = await read_body(scope, receive, self._state)
             state = _for_replica(self._state, scope["headers"])
-            await _unless_gone(self._serve(state, body, reply), receive)
+            await _unless_gone(self._serve(state, body, reply), exchange)
         except _Gone:
             pass
         except asyncio.CancelledError:
@@ -66,9 +71,10 @@ class Endpoint(Generic[T]):
 class Reply:
     """The answer to one request, on its way."""
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._started = False
+    def __init__(self, send: Send, chunks: Write | None = None) -> None:
+        """chunks: takes more of an answer that has begun."""
+        self._send, self._chunks = send, chunks
+        self._started, self._early = False, b""
 
     async def whole(self, status: HTTPStatus, body: bytes, headers: Headers | None = None) -> None:
         length = (b"content-length", str(len(body)).encode())
@@ -77,15 +83,24 @@ class Reply:
         )
         await self._send({"type": "http.response.body", "body": body})
 
-    async def stream(self, events: Stream) -> None:
+    async def stream(self, events: Events) -> None:
+        await self._send({"type": "http.response.body", "body": await events(self._write)})
+
+    def _write(self, events: bytes) -> Pause | None:
         """Nothing is sent before the first event is there: until then an error still has a status."""
-        async with aclosing(events):
-            async for event in events:
-                if not self._started:
-                    self._started = True
-                    await self._send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": _EVENTS})
-                await self._send({"type": "http.response.body", "body": event, "more_body": True})
-        await self._send({"type": "http.response.body", "body": b""})
+        if not events:
+            return None
+        if self._started:
+            assert self._chunks is not None
+            return self._chunks(events)
+        begins, self._early = not self._early, self._early + events
+        return self._begin if begins else None
+
+    async def _begin(self) -> None:
+        await self._send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": _EVENTS})
+        self._started = True
+        if (pause := self._write(self._early)) is not None:
+            await pause()
 
     async def fail(self, error: Exception) -> None:
         told = api_error(error)
@@ -145,20 +160,18 @@ def _too_large(scope: Scope, limit: int) -> ApiError:
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, headers=headers)
 
 
-async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
-    """Raises _Gone, and cancels the work, as soon as the client leaves. The body has been read."""
+async def _unless_gone(work: Awaitable[None], exchange: Exchange) -> None:
+    """Raises _Gone, and cancels the work, as soon as the client leaves."""
     task = asyncio.current_task()
     assert task is not None
     left = False
 
-    def leave(gone: asyncio.Future[Any]) -> None:
+    def leave() -> None:
         nonlocal left
-        if not gone.cancelled():
-            left = True
-            task.cancel()
+        left = True
+        task.cancel()
 
-    gone = asyncio.ensure_future(receive())
-    gone.add_done_callback(leave)
+    exchange.watch(leave)
     try:
         await work
     except asyncio.CancelledError:
@@ -166,4 +179,4 @@ async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
             raise _Gone from None
         raise
     finally:
-        gone.cancel()
+        exchange.watch(None)

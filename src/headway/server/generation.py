@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import ExitStack
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
 
+from headway.engine.port import Pause
 from headway.errors import RequestError
 from headway.llm.async_llm import INLINE_CHARS
 from headway.llm.prompts import PromptInput
@@ -19,7 +20,7 @@ from headway.server.errors import ApiError, named
 from headway.server.protocol import ChatRequest, Sampling
 from headway.server.state import State
 
-Outputs = AsyncGenerator[RequestOutput, None]
+Take = Callable[[RequestOutput], Pause | None]
 
 MAX_LOGPROBS = 2_000_000
 """Of an answer that is whole: 5 millions held the event loop for 3.5 s, and took a gigabyte."""
@@ -64,41 +65,60 @@ async def chat_prompt(state: State, request: ChatRequest, tools: list[dict[str, 
     return render() if is_quick else await asyncio.to_thread(render)
 
 
-@asynccontextmanager
-async def run(
-    state: State, prompts: list[PromptInput], params: SamplingParams, request: Sampling
-) -> AsyncGenerator[Outputs]:
-    """The prompts' outputs as they come; samples are numbered through all prompts. Leaving it ends what still runs."""
-    _check_size(state, prompts, params, bool(request.stream))
-    streams = [
-        state.stats.watch(
-            state.llm.generate(
-                msgspec.structs.replace(prompt, cache_salt=request.cache_salt) if request.cache_salt else prompt,
-                params,
-                priority=request.priority,
-                stream=bool(request.stream),
-                data_parallel_rank=state.data_parallel_rank,
-            ),
-            bool(request.stream),
-        )
-        for prompt in prompts
-    ]
-    outputs = streams[0] if len(streams) == 1 else _merged(streams, params.n)
-    if state.traces is not None:
-        outputs = state.traces.watch(outputs, params, bool(request.stream))
-    with named(_names(request)):
-        async with aclosing(outputs):
-            yield outputs
+async def run(state: State, prompts: list[PromptInput], params: SamplingParams, request: Sampling, take: Take) -> None:
+    """Calls take with the prompts' outputs as they come; samples are numbered through all prompts."""
+    stream = bool(request.stream)
+    _check_size(state, prompts, params, stream)
+
+    async def follow(first: int, prompt: PromptInput) -> None:
+        if request.cache_salt:
+            prompt = msgspec.structs.replace(prompt, cache_salt=request.cache_salt)
+        with state.stats.watch(stream) as count:
+
+            def seen(output: RequestOutput) -> Pause | None:
+                count(output)
+                for sample in output.outputs:
+                    sample.index += first
+                trace(output)
+                return take(output)
+
+            routing: dict[str, Any] = {"priority": request.priority, "data_parallel_rank": state.data_parallel_rank}
+            await state.llm.follow(prompt, seen, params, stream=stream, **routing)
+
+    with named(_names(request)), ExitStack() as entered:
+        trace = _ignore if state.traces is None else entered.enter_context(state.traces.watch(params, stream))
+        if len(prompts) == 1:
+            await follow(0, prompts[0])
+        else:
+            await _together(follow(i * params.n, prompt) for i, prompt in enumerate(prompts))
+
+
+def _ignore(_: RequestOutput) -> None:
+    """Nobody traces."""
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """If one of them fails, the others end."""
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        for work in works:
+            tasks.append(asyncio.ensure_future(work))
+            await asyncio.sleep(0)  # it begins with its prompt, which takes up to 2 ms: others have their turn between
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def whole(
     state: State, prompts: list[PromptInput], params: SamplingParams, request: Sampling
 ) -> list[RequestOutput]:
     """One of each prompt, in their order."""
-    async with run(state, prompts, params, request) as outputs:
-        done = [output async for output in outputs]
-        for sample in (sample for output in done for sample in output.outputs):
-            check_end(sample)
+    done: list[RequestOutput] = []
+    await run(state, prompts, params, request, done.append)
+    for sample in (sample for output in done for sample in output.outputs):
+        check_end(sample)
     return sorted(done, key=lambda output: output.outputs[0].index)
 
 
@@ -125,38 +145,6 @@ def _check_logprobs(field: str, count: int | None, tokens: int) -> None:
     if count is not None and tokens * (1 + count) > MAX_LOGPROBS:
         accepted = f"an answer of up to {tokens} tokens would have more than {MAX_LOGPROBS} candidates"
         raise RequestError(field, count, accepted)
-
-
-async def _merged(streams: list[Outputs], n: int) -> Outputs:
-    queue: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
-    room = asyncio.Semaphore(len(streams))  # what a slow caller has not taken waits where it becomes one output
-    tasks: list[asyncio.Task[None]] = []
-
-    async def read(first: int, outputs: Outputs) -> None:
-        async with aclosing(outputs):
-            async for output in outputs:
-                for sample in output.outputs:
-                    sample.index += first
-                await room.acquire()
-                queue.put_nowait(output)
-
-    async def read_all() -> None:
-        for i, outputs in enumerate(streams):
-            tasks.append(asyncio.ensure_future(read(i * n, outputs)))
-            await asyncio.sleep(0)  # it begins with its prompt, which takes up to 2 ms: others have their turn between
-        await asyncio.gather(*tasks)
-
-    together = asyncio.ensure_future(read_all())
-    together.add_done_callback(lambda _: queue.put_nowait(None))
-    try:
-        while (output := await queue.get()) is not None:
-            room.release()
-            yield output
-        await together
-    finally:
-        for task in (together, *tasks):
-            task.cancel()
-        await asyncio.gather(together, *tasks, return_exceptions=True)
 
 
 def _names(request: Sampling) -> dict[str, str]:

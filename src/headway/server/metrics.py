@@ -9,8 +9,8 @@ import asyncio
 import mmap
 import os
 from bisect import bisect_left
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import get_args
 
@@ -135,34 +135,35 @@ class RequestStats:
     def ended(self, reason: str) -> None:
         self._reasons[_REASONS.index(reason)] += 1
 
-    async def watch(
-        self, outputs: AsyncGenerator[RequestOutput, None], stream: bool
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """The same outputs, counted. stream: they come as the tokens do."""
+    @contextmanager
+    def watch(self, stream: bool) -> Generator[Callable[[RequestOutput], None]]:
+        """For one prompt: what it gives is to be called with each of its outputs. stream: they come as tokens do."""
         start, generated, finished = perf_counter(), 0, False
         last: dict[int, float] = {}  # of each sample
+
+        def see(output: RequestOutput) -> None:
+            nonlocal generated, finished
+            now = perf_counter()
+            for one in output.outputs:
+                new = len(one.token_ids)
+                generated += new
+                if stream and new:
+                    if one.index in last:
+                        self.observe(ITL, (now - last[one.index]) / new, new)
+                    elif not last:
+                        self.observe(TTFT, now - start)
+                    last[one.index] = now
+                if one.finish_reason is not None:
+                    self.ended(one.finish_reason)
+            finished = output.finished
+            if finished:
+                self.observe(E2E, now - start)
+                self.observe(PROMPT, len(output.prompt_token_ids))
+                self.observe(GENERATED, generated)
+
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    now = perf_counter()
-                    for one in output.outputs:
-                        new = len(one.token_ids)
-                        generated += new
-                        if stream and new:
-                            if one.index in last:
-                                self.observe(ITL, (now - last[one.index]) / new, new)
-                            elif not last:
-                                self.observe(TTFT, now - start)
-                            last[one.index] = now
-                        if one.finish_reason is not None:
-                            self.ended(one.finish_reason)
-                    finished = output.finished
-                    if finished:
-                        self.observe(E2E, now - start)
-                        self.observe(PROMPT, len(output.prompt_token_ids))
-                        self.observe(GENERATED, generated)
-                    yield output
-        except (GeneratorExit, asyncio.CancelledError):
+            yield see
+        except asyncio.CancelledError:
             if not finished:
                 self.ended("abort")
             raise

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, count
 from uuid import uuid4
 
+from headway.engine.port import Pause
 from headway.errors import RequestError
+from headway.messages import RequestOutput
 from headway.server.answers import Record, Usage, encode, usage_of
 from headway.server.chat import Turn, prepare, thinking_tokens
-from headway.server.endpoint import Answer, Stream
+from headway.server.endpoint import Answer, Write
 from headway.server.errors import named
 from headway.server.generation import check_end, run, whole
 from headway.server.protocol import ChatRequest
@@ -27,7 +30,7 @@ async def responses(state: State, request: ResponsesRequest) -> Answer:
     with named(_NAMES):
         turn = await prepare(state, chat)
         if request.stream:
-            return _stream(state, turn, request, chat)
+            return partial(_stream, state, turn, request, chat)
         (result,) = await whole(state, [turn.prompt], turn.params, chat)
     (sample,) = result.outputs
     reader, output = turn.reader(), Output()
@@ -161,33 +164,35 @@ def _logprobs(kind: Kind) -> Record:
     return {"logprobs": []} if kind == "content" else {}
 
 
-async def _stream(state: State, turn: Turn, request: ResponsesRequest, chat: ChatRequest) -> Stream:
+async def _stream(state: State, turn: Turn, request: ResponsesRequest, chat: ChatRequest, write: Write) -> bytes:
     reader, output, head, numbers = turn.reader(), Output(), Head(state, request), count()
-    usage, token_ids, reason = Usage(), list[int](), None
+    usage, token_ids, reasons = Usage(), list[int](), list[str]()
 
     def told(events: Iterable[Record]) -> bytes:
         return b"".join([_event({**event, "sequence_number": next(numbers)}) for event in events])
 
+    def take(result: RequestOutput) -> Pause | None:
+        (sample,) = result.outputs
+        check_end(sample)
+        news: list[bytes] = []
+        if not usage.prompt:
+            usage.add_prompt(result)
+            kinds, begun = ("response.created", "response.in_progress"), head.record()
+            news.append(told({"type": kind, "response": begun} for kind in kinds))
+        token_ids.extend(sample.token_ids)
+        parts = reader.push(sample.text)
+        if sample.finish_reason is not None:
+            reasons.append(sample.finish_reason)
+            parts += reader.end()
+        return write(b"".join([*news, *(told(output.add(part)) for part in parts)]))
+
     with named(_NAMES):
-        async with run(state, [turn.prompt], turn.params, chat) as results:
-            async for result in results:
-                (sample,) = result.outputs
-                check_end(sample)
-                news: list[bytes] = []
-                if not usage.prompt:
-                    usage.add_prompt(result)
-                    kinds, begun = ("response.created", "response.in_progress"), head.record()
-                    news.append(told({"type": kind, "response": begun} for kind in kinds))
-                token_ids += sample.token_ids
-                reason = sample.finish_reason
-                parts = reader.push(sample.text) + (reader.end() if reason is not None else [])
-                news += [told(output.add(part)) for part in parts]
-                if news:
-                    yield b"".join(news)
+        await run(state, [turn.prompt], turn.params, chat, take)
+    (reason,) = reasons
     last = told(output.end(reason))
     usage.completion, usage.reasoning = len(token_ids), _reasoning_tokens(state, output, token_ids)
     record = head.record(reason, output.items, usage)
-    yield last + told([{"type": f"response.{record['status']}", "response": record}])
+    return last + told([{"type": f"response.{record['status']}", "response": record}])
 
 
 def _event(record: Record) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import ssl
@@ -62,6 +63,7 @@ async def serve(state: State, listener: socket.socket, wishes: Wishes, ready: Ca
         timeout_graceful_shutdown=CLOSE_S,
     )
     server = _Server(config, ready)
+    gc.set_threshold(20_000, 20, 50)  # requests are many objects and no cycles
     serving = asyncio.create_task(server.serve([listener]))
     await first(serving, wishes.next())
     if not serving.done():

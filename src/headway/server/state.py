@@ -83,7 +83,7 @@ class State:
         """For a request that takes the engine's time. ApiError if there is none."""
         if self.draining:
             raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the server is shutting down", headers=RETRY)
-        if self.board.unfinished.sum() >= self.most:
+        if sum(self.board.unfinished.tolist()) >= self.most:
             message = (
                 f"{self.most} requests run or wait, which is as many as may (max_waiting={self.options.max_waiting})"
             )

@@ -5,8 +5,8 @@ Attributes are those of the semantic conventions for generative AI. Nothing of w
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from time import perf_counter
 
@@ -32,7 +32,6 @@ OPERATIONS = {
     "/v1/completions": "text_completion",
     **{f"/v1/{name}": name for name in ("embeddings", "classify", "score", "rerank")},
 }
-Outputs = AsyncGenerator[RequestOutput, None]
 _PARENT = TraceContextTextMapPropagator()
 
 
@@ -88,8 +87,9 @@ class Traces:
 
         return traced
 
-    async def watch(self, outputs: Outputs, params: SamplingParams, stream: bool) -> Outputs:
-        """The same outputs, of all prompts of the current span's request, told to it."""
+    @contextmanager
+    def watch(self, params: SamplingParams, stream: bool) -> Generator[Callable[[RequestOutput], None]]:
+        """What it gives is to be called with each output, of all prompts of the current span's request."""
         span, start = get_current_span(), perf_counter()
         span.set_attribute("gen_ai.request.temperature", params.temperature)
         span.set_attribute("gen_ai.request.top_p", params.top_p)
@@ -98,20 +98,21 @@ class Traces:
         tokens = {read: 0, cached: 0, written: 0}
         prompts: set[str] = set()
         reasons: dict[int, str] = {}
+
+        def see(output: RequestOutput) -> None:
+            if stream and not prompts:
+                span.set_attribute("gen_ai.response.time_to_first_chunk", perf_counter() - start)
+            if output.request_id not in prompts:
+                prompts.add(output.request_id)
+                tokens[read] += len(output.prompt_token_ids)
+                tokens[cached] += output.num_cached_tokens
+            for one in output.outputs:
+                tokens[written] += len(one.token_ids)
+                if one.finish_reason is not None:
+                    reasons[one.index] = one.finish_reason
+
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    if stream and not prompts:
-                        span.set_attribute("gen_ai.response.time_to_first_chunk", perf_counter() - start)
-                    if output.request_id not in prompts:
-                        prompts.add(output.request_id)
-                        tokens[read] += len(output.prompt_token_ids)
-                        tokens[cached] += output.num_cached_tokens
-                    for one in output.outputs:
-                        tokens[written] += len(one.token_ids)
-                        if one.finish_reason is not None:
-                            reasons[one.index] = one.finish_reason
-                    yield output
+            yield see
         finally:  # a client that leaves is told of, too
             span.set_attributes(tokens)
             span.set_attribute("gen_ai.response.finish_reasons", [reasons[index] for index in sorted(reasons)])

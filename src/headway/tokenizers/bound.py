@@ -54,6 +54,9 @@ def _alphabet() -> list[str]:
     return [chr(byte) if byte in printed else chr(next(others)) for byte in range(0x100)]
 
 
+BYTES = {spelling: byte for byte, spelling in enumerate(_alphabet())}
+
+
 def _parts(component: Any) -> list[dict[str, Any]]:
     """What a normaliser or pre-tokenizer is made of, as tokenizer.json spells it."""
     if component is None:
