@@ -26,7 +26,7 @@ demo: venv
 	$(BIN)/python scripts/show_answers.py answers.jsonl
 
 test: venv
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: venv
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "long or not long"

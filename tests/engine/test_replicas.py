@@ -74,7 +74,7 @@ async def left_and_aborted(llm: AsyncLLM) -> None:
 
 
 async def all_asleep(llm: AsyncLLM, expected: list[list[int]]) -> None:
-    busy = llm.generate([1, 2], SamplingParams(max_tokens=400, ignore_eos=True))
+    busy = llm.generate([1, 2], SamplingParams(max_tokens=2000, ignore_eos=True))
     await anext(busy)
     with pytest.raises(EngineError, match="requests are running"):
         await llm.sleep(1)

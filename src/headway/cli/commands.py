@@ -95,12 +95,20 @@ COMMANDS = (
         options=ServeOptions,
         model_first=True,
     ),
-    Command(words="chat", text="Talk to a model.", run="headway.cli.chat:run", options=ChatOptions, runner="generate"),
+    Command(
+        words="chat",
+        text="Talk to a model.",
+        run="headway.cli.chat:run",
+        options=ChatOptions,
+        runner="generate",
+        model_first=True,
+    ),
     Command(
         words="config explain",
         text="Show every resolved setting, its value and its reason.",
         run="headway.cli.explain:run",
         options=ExplainOptions,
+        model_first=True,
     ),
     Command(
         words="bench throughput",

@@ -116,9 +116,13 @@ async def whole(
 ) -> list[RequestOutput]:
     """One of each prompt, in their order."""
     done: list[RequestOutput] = []
-    await run(state, prompts, params, request, done.append)
-    for sample in (sample for output in done for sample in output.outputs):
-        check_end(sample)
+
+    def take(output: RequestOutput) -> None:
+        for sample in output.outputs:
+            check_end(sample)
+        done.append(output)
+
+    await run(state, prompts, params, request, take)
     return sorted(done, key=lambda output: output.outputs[0].index)
 
 
