@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import aclosing, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from headway.engine import AsyncEngine, EngineCore, EngineMetrics
 from headway.engine.port import EngineClient, Enough, Health, Pause
@@ -22,6 +22,8 @@ from headway.messages import EngineOutput, PooledOutput, PoolingParams, Request,
 
 if TYPE_CHECKING:
     from headway.engine.upkeep import Weights
+
+T = TypeVar("T")
 
 # Tokenising more text than this, about 2 ms of it, goes to a thread so that the event loop goes on.
 INLINE_CHARS = 8192
@@ -133,16 +135,7 @@ class AsyncLLM(Client[EngineClient]):
         self, prompts: Sequence[Prompt], params: PoolingParams, data_parallel_rank: int | None = None
     ) -> list[PooledOutput]:
         """One for each prompt. If one of them fails, the others end."""
-        tasks: list[asyncio.Task[PooledOutput]] = []
-        try:
-            for prompt in prompts:
-                tasks.append(asyncio.ensure_future(self._pool(prompt, params, data_parallel_rank)))
-                await asyncio.sleep(0)  # it begins, which takes up to 2 ms: others have their turn between
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await together(self._pool(prompt, params, data_parallel_rank) for prompt in prompts)
 
     def stream(self, done: OnAnswers[K]) -> PromptStream[K]:
         """For very many prompts: see PromptStream. To be used on the running event loop."""
@@ -237,6 +230,20 @@ class AsyncLLM(Client[EngineClient]):
         if _is_quick(item, params):
             return prepare(request_id, item, params, **options)
         return await asyncio.to_thread(prepare, request_id, item, params, **options)
+
+
+async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What they return. If one of them fails, the others end."""
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        for work in works:
+            tasks.append(asyncio.ensure_future(work))
+            await asyncio.sleep(0)  # it begins with its prompt, which takes up to 2 ms: others have their turn between
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _is_quick(item: PromptInput, params: Params) -> bool:

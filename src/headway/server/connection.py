@@ -31,12 +31,15 @@ class Exchange:
         self._cycle = cycle
         self._left: Callable[[], None] | None = None
 
-    def watch(self, left: Callable[[], None] | None) -> None:
+    def watch(self, left: Callable[[], None]) -> None:
         """left: to be called if the client leaves before the end. Once the body has been read."""
         self._left = left
         self._cycle.flow.resume_reading()
 
-    def end(self) -> None:
+    def unwatch(self) -> None:
+        self._left = None
+
+    def lose(self) -> None:
         self._cycle.disconnected = True
         self._cycle.message_event.set()
         if self._left is not None:
@@ -68,7 +71,7 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         for exchange in self._unanswered:  # of which uvicorn tells the last
-            exchange.end()
+            exchange.lose()
         self._request_is_there()
         self.resume_writing()
 

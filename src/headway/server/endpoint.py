@@ -179,4 +179,4 @@ async def _unless_gone(work: Awaitable[None], exchange: Exchange) -> None:
             raise _Gone from None
         raise
     finally:
-        exchange.watch(None)
+        exchange.unwatch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from http import HTTPStatus
@@ -13,7 +13,7 @@ import msgspec
 
 from headway.engine.port import Pause
 from headway.errors import RequestError
-from headway.llm.async_llm import INLINE_CHARS
+from headway.llm.async_llm import INLINE_CHARS, together
 from headway.llm.prompts import PromptInput
 from headway.messages import Completion, RequestOutput, SamplingParams, StructuredOutput
 from headway.server.errors import ApiError, named
@@ -90,25 +90,11 @@ async def run(state: State, prompts: list[PromptInput], params: SamplingParams, 
         if len(prompts) == 1:
             await follow(0, prompts[0])
         else:
-            await _together(follow(i * params.n, prompt) for i, prompt in enumerate(prompts))
+            await together(follow(i * params.n, prompt) for i, prompt in enumerate(prompts))
 
 
 def _ignore(_: RequestOutput) -> None:
     """Nobody traces."""
-
-
-async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """If one of them fails, the others end."""
-    tasks: list[asyncio.Task[None]] = []
-    try:
-        for work in works:
-            tasks.append(asyncio.ensure_future(work))
-            await asyncio.sleep(0)  # it begins with its prompt, which takes up to 2 ms: others have their turn between
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def whole(
