@@ -272,8 +272,9 @@ def running(served: Served) -> int:
     return sum(int(float(n)) for n in re.findall(r"num_requests_(?:running|waiting){.*} (\S+)", metrics))
 
 
-def test_a_client_that_leaves_ends_all_of_its_prompts(client: openai.OpenAI, served: Served) -> None:
-    endless: Any = {"ignore_eos": True}
+@pytest.mark.parametrize("label", ["short", "a" * 300_000], ids=["small body", "large body"])
+def test_a_client_that_leaves_ends_all_of_its_prompts(client: openai.OpenAI, served: Served, label: str) -> None:
+    endless: Any = {"ignore_eos": True, "user": label}
     stream = complete(client, prompt=["One", "Two"], n=2, max_tokens=4000, stream=True, extra_body=endless)
     next(iter(stream))
     assert running(served)
