@@ -24,6 +24,23 @@ EXCHANGE = "headway.exchange"
 """In the scope of a POST: its Exchange."""
 
 
+class _HeadHeld:
+    """In place of a transport: keeps the head of an answer until there is more, as each write wakes the client."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle, self._transport = cycle, cycle.transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self._cycle.transport = self._transport
+            self._transport.write(self._head + data)
+        self._head = data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class Exchange:
     """A request and its answer, past what ASGI's messages cost."""
 
@@ -44,6 +61,10 @@ class Exchange:
         self._cycle.message_event.set()
         if self._left is not None:
             self._left()
+
+    def hold_head(self) -> None:
+        """To be called before an answer with a body begins."""
+        self._cycle.transport = _HeadHeld(self._cycle)  # pyright: ignore[reportAttributeAccessIssue]
 
     def write(self, body: bytes) -> Pause | None:
         """More of an answer that has begun and has no length."""

@@ -44,7 +44,7 @@ class Endpoint(Generic[T]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = scope.pop(EXCHANGE)
-        reply = Reply(send, exchange.write)
+        reply = Reply(send, exchange)
         try:
             body = await read_body(scope, receive, self._state)
             state = _for_replica(self._state, scope["headers"])
@@ -71,16 +71,13 @@ class Endpoint(Generic[T]):
 class Reply:
     """The answer to one request, on its way."""
 
-    def __init__(self, send: Send, chunks: Write | None = None) -> None:
-        """chunks: takes more of an answer that has begun."""
-        self._send, self._chunks = send, chunks
+    def __init__(self, send: Send, exchange: Exchange | None = None) -> None:
+        self._send, self._exchange = send, exchange
         self._started, self._early = False, b""
 
     async def whole(self, status: HTTPStatus, body: bytes, headers: Headers | None = None) -> None:
         length = (b"content-length", str(len(body)).encode())
-        await self._send(
-            {"type": "http.response.start", "status": status, "headers": [_JSON, length, *(headers or ())]}
-        )
+        await self._start(status, [_JSON, length, *(headers or ())])
         await self._send({"type": "http.response.body", "body": body})
 
     async def stream(self, events: Events) -> None:
@@ -91,16 +88,21 @@ class Reply:
         if not events:
             return None
         if self._started:
-            assert self._chunks is not None
-            return self._chunks(events)
+            assert self._exchange is not None
+            return self._exchange.write(events)
         begins, self._early = not self._early, self._early + events
         return self._begin if begins else None
 
     async def _begin(self) -> None:
-        await self._send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": _EVENTS})
+        await self._start(HTTPStatus.OK, _EVENTS)
         self._started = True
         if (pause := self._write(self._early)) is not None:
             await pause()
+
+    async def _start(self, status: HTTPStatus, headers: Headers) -> None:
+        if self._exchange is not None:
+            self._exchange.hold_head()
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def fail(self, error: Exception) -> None:
         told = api_error(error)
